@@ -1,0 +1,49 @@
+"""The command line: `python -m keras_tl_defense demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from keras_tl_defense.demo import DATA, Demo, DemoError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What follows the program's name; defaults to `sys.argv`.
+
+    Returns:
+        0, 1 when the demonstration proves nothing, 2 when it cannot run.
+    """
+    parser = argparse.ArgumentParser(prog="python -m keras_tl_defense", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="make a Student, attack it, defend it, attack it again",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--data", choices=DATA, default="synthetic", help="what to classify")
+    demo.add_argument("--data-root", type=Path, metavar="DIR", help="folder of gtsrb or lfw")
+    demo.add_argument("--teacher", type=Path, metavar="FILE", help="Keras model, gtsrb or lfw")
+    demo.add_argument("--cut", default="flatten", help="last layer taken from the Teacher")
+    demo.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--attacks", type=int, default=60, metavar="N", help="attacks of each kind")
+    options = vars(parser.parse_args(arguments))
+    del options["command"]
+    try:
+        Demo(**options).run()
+    except DemoError as failure:
+        print(f"The demonstration failed. {failure}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The Keras of this process: `tf.keras`, whichever generation that is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tensorflow as tf
+
+keras: Any = tf.keras
+
+
+def _backend() -> str:
+    """Name of the backend that Keras runs on; the legacy Keras has only TensorFlow."""
+    try:
+        legacy = keras.Model.__module__.startswith("tf_keras")
+    except ImportError as error:
+        raise ImportError(
+            "`tf.keras` cannot be imported. keras_tl_defense runs on Keras's TensorFlow backend: "
+            "set the environment variable KERAS_BACKEND=tensorflow before Keras is imported. With "
+            "TF_USE_LEGACY_KERAS=1, `pip install tf_keras`. "
+            f"Received: KERAS_BACKEND={os.environ.get('KERAS_BACKEND')}"
+        ) from error
+    return "tensorflow" if legacy else str(keras.backend.backend())
+
+
+if _backend() != "tensorflow":
+    raise ImportError(
+        "keras_tl_defense runs on Keras's TensorFlow backend only. Set the environment variable "
+        "KERAS_BACKEND=tensorflow before Keras is imported. "
+        f"Received: backend={_backend()!r}"
+    )
+
+register = keras.utils.register_keras_serializable(package="keras_tl_defense")
+"""Decorator that lets `keras.models.load_model` find one of this library's classes."""

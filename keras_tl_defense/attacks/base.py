@@ -1,0 +1,59 @@
+"""What an attack returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Crafted images, what they were made from, and what it took.
+
+    Attributes:
+        adversarial: Crafted images, uint8 array of shape `(n, H, W, C)`.
+        distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
+            the crafted image and of the target, at the attacked layer.
+        dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source.
+        within_budget: Boolean array of shape `(n,)`. A crafted image that is not within its budget
+            counts as a failure.
+        source: The images that they were made from, of shape `(n, H, W, C)`.
+        target: The images that they imitate, of shape `(n, H, W, C)`.
+        y_source: Classes of the sources in `0..K-1`, int array of shape `(n,)`, or `None` when they
+            were not given.
+        y_target: Classes of the targets, or `None` when any other class than the source's will do.
+    """
+
+    adversarial: np.ndarray
+    distance: np.ndarray
+    dssim: np.ndarray
+    within_budget: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    y_source: np.ndarray | None
+    y_target: np.ndarray | None
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a certain class was to be reached."""
+        return self.y_target is not None
+
+    def reached(self, student_class: np.ndarray) -> np.ndarray:
+        """Which crafted images do what they were made for.
+
+        Args:
+            student_class: Classes that a classifier gives them, in `0..K-1`, shape `(n,)`.
+
+        Returns:
+            Boolean array of shape `(n,)`: within budget, and classified as the target (targeted) or
+            as another class than the source's (non-targeted).
+        """
+        if self.y_target is not None:
+            return self.within_budget & (student_class == self.y_target)
+        if self.y_source is None:
+            raise ValueError(
+                "Whether a non-targeted attack succeeds depends on the classes of its sources. Pass "
+                "`y_source` to the attack. Received: y_source=None"
+            )
+        return self.within_budget & (student_class != self.y_source)

@@ -1,0 +1,286 @@
+"""The mimicry attack: an image that a Teacher's layer takes for another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks.base import AttackResult
+from keras_tl_defense.attacks.dssim import dssim
+from keras_tl_defense.data import check_finite, check_images, check_labels
+from keras_tl_defense.graph import ModelGraph
+
+_SHRINK = 2 - 1e-6
+_DECAY, _EPSILON = 0.95, 1e-7
+_CHECK_EVERY = 10
+_PROBE_STEPS = 50
+
+
+class MimicryAttack:
+    """Craft images whose features at a layer of the Teacher are those of a target image.
+
+    Whoever has the Teacher can make a Student take an image of one class for another without
+    knowing the Student: where the two share their first layers, equal features in gives equal
+    answers out. Each image minimises `penalty * max(DSSIM - budget, 0)² + ‖features(target) -
+    features(image)‖₂` by Adadelta over `w + δ`, with `w = arctanh((source / 255 - 1/2) * c)` and
+    `image = (tanh(w + δ) / c + 1/2) * 255`. The answer is the closest image within budget after
+    rounding to whole grey levels, looked for every 10 steps.
+
+    Args:
+        teacher: A built Functional or Sequential Keras model.
+        layer: Name of the layer whose output is imitated; the Student's cut is the strongest place.
+        budget: Largest structural dissimilarity from the source, in `(0, 1]`; 1 lifts the limit.
+        steps: Steps of Adadelta.
+        learning_rate: Its rate.
+        penalty: Weight of leaving the budget.
+        batch_size: Images that are crafted at once.
+        preprocessing: Callable from images in 0..255 to what the Teacher takes, when it does not
+            take images in 0..255.
+
+    Raises:
+        ValueError: An argument is out of range, or the Teacher has no such layer.
+
+    Example:
+        >>> attack = MimicryAttack(teacher, layer="block5_pool", budget=0.01)
+        >>> result = attack(x_source, x_target, y_source, y_target)
+        >>> result.adversarial.shape, result.within_budget.mean()
+        ((60, 224, 224, 3), 1.0)
+
+    Reference:
+        Wang et al., "With Great Training Comes Great Vulnerability: Practical Attacks against
+        Transfer Learning", USENIX Security 2018.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        layer: str,
+        *,
+        budget: float = 0.01,
+        steps: int = 2000,
+        learning_rate: float = 1.0,
+        penalty: float = 1e8,
+        batch_size: int = 64,
+        preprocessing: Any = None,
+    ) -> None:
+        if not 0 < budget <= 1:
+            raise ValueError(
+                f"`budget` is a DSSIM and must be in (0, 1]. Received: budget={budget}"
+            )
+        for name, value in (("steps", steps), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value!r}")
+        for name, number in (("learning_rate", learning_rate), ("penalty", penalty)):
+            if not 0 < number < float("inf"):
+                raise ValueError(f"`{name}` must be positive and finite. Received: {name}={number}")
+        self._graph = ModelGraph(teacher, "teacher")
+        self._tensor = self._graph.layer_output(layer)
+        self.layer = layer
+        self.budget = budget
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.penalty = penalty
+        self.batch_size = batch_size
+        self.preprocessing = preprocessing
+        self._features = tf.function(self._compute_features, reduce_retracing=True)
+        self._advance = tf.function(self._run_steps, reduce_retracing=True)
+
+    def __call__(
+        self,
+        x_source: Any,
+        x_target: Any,
+        y_source: Any = None,
+        y_target: Any = None,
+        *,
+        verbose: int | str = "auto",
+    ) -> AttackResult:
+        """Craft images that look like `x_source` and are taken for `x_target`.
+
+        Args:
+            x_source: Images of shape `(n, H, W, C)` in 0..255.
+            x_target: Images of the same shape.
+            y_source: Integer classes of the sources in `0..K-1`, shape `(n,)`.
+            y_target: Integer classes of the targets, shape `(n,)`.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            The crafted images with their distances.
+
+        Raises:
+            ValueError: The images do not fit the Teacher or each other, or are not in 0..255.
+            FloatingPointError: The loss became NaN or infinite.
+        """
+        source = self._check(x_source, "x_source")
+        target = self._check(x_target, "x_target")
+        _check_count("x_target", target, "x_source", source)
+        source_classes = _check_classes(y_source, len(source), "y_source")
+        target_classes = _check_classes(y_target, len(source), "y_target")
+        bar = self._progress(len(source), self.steps, verbose)
+        adversarial, distance, dissimilarity = self._craft(source, target, self.steps, bar)
+        return AttackResult(
+            adversarial,
+            distance,
+            dissimilarity,
+            dissimilarity <= self.budget,
+            source,
+            target,
+            source_classes,
+            target_classes,
+        )
+
+    def untargeted(
+        self,
+        x_source: Any,
+        x_candidates: Any,
+        y_source: Any = None,
+        *,
+        verbose: int | str = "auto",
+    ) -> AttackResult:
+        """Craft images that look like `x_source` and are taken for anything else.
+
+        50 steps towards each candidate choose the one whose features come nearest; all steps are
+        spent on that one.
+
+        Args:
+            x_source: Images of shape `(n, H, W, C)` in 0..255.
+            x_candidates: For each source, `m` target images of other classes, five in the paper,
+                of shape `(n, m, H, W, C)`.
+            y_source: Integer classes of the sources in `0..K-1`, shape `(n,)`.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            The crafted images with their distances; `y_target` is `None`.
+        """
+        source = self._check(x_source, "x_source")
+        candidates = np.asarray(x_candidates)
+        if candidates.ndim != source.ndim + 1 or candidates.shape[1] < 1:
+            raise ValueError(
+                "Candidates must have shape (n, m, H, W, C): m target images for each source. "
+                f"Received: x_candidates.shape={candidates.shape}"
+            )
+        _check_count("x_candidates", candidates, "x_source", source)
+        n, m = candidates.shape[:2]
+        flat = self._check(candidates.reshape(n * m, *candidates.shape[2:]), "x_candidates")
+        probe = min(_PROBE_STEPS, self.steps)
+        bar = self._progress(n * m, probe, verbose)
+        _, distance, _ = self._craft(np.repeat(source, m, axis=0), flat, probe, bar)
+        nearest = distance.reshape(n, m).argmin(axis=1)
+        target = candidates[np.arange(n), nearest]
+        return self(source, target, y_source, verbose=verbose)
+
+    def _check(self, images: Any, name: str) -> np.ndarray:
+        images = check_finite(check_images(images, self._graph.input_shape, name), name=name)
+        low, high = images.min(), images.max()
+        if low < 0 or high > 255 or (high <= 1 and images.dtype.kind == "f"):
+            raise ValueError(
+                "Images must be in 0..255. Give the scaling to what the Teacher takes as "
+                f"`preprocessing`. Received: {name} from {low} to {high}"
+            )
+        return images
+
+    def _progress(self, images: int, steps: int, verbose: int | str) -> Any:
+        batches = -(-images // self.batch_size)
+        return keras.utils.Progbar(batches * steps, verbose=0 if verbose == 0 else 1)
+
+    def _craft(
+        self, source: np.ndarray, target: np.ndarray, steps: int, bar: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Best images within budget, their distances and their dissimilarities."""
+        parts = []
+        for start in range(0, len(source), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            parts.append(self._craft_batch(source[part], target[part], steps, bar))
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _craft_batch(
+        self, source: np.ndarray, target: np.ndarray, steps: int, bar: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        original = tf.constant(source, tf.float32)
+        wanted = self._features(tf.constant(target, tf.float32))
+        start = tf.atanh((original / 255 - 0.5) * _SHRINK)
+        zero = tf.zeros_like(start)
+        state = (zero + 1e-6, zero, zero)
+        best = np.rint(source).astype(np.uint8)
+        distance, dissimilarity = self._score(best, original, wanted)
+        done = 0
+        while done < steps:
+            count = min(_CHECK_EVERY, steps - done)
+            image, finite, *state = self._advance(start, original, wanted, *state, count)
+            done += count
+            if not finite:
+                raise FloatingPointError(
+                    f"The attack's loss became NaN or infinite within step {done} of {steps}. "
+                    "Lower `penalty`, or check the Teacher on these images. "
+                    f"Received: penalty={self.penalty}, layer={self.layer!r}"
+                )
+            rounded = np.rint(np.clip(image.numpy(), 0, 255)).astype(np.uint8)
+            new_distance, new_dissimilarity = self._score(rounded, original, wanted)
+            better = (new_distance < distance) & (new_dissimilarity <= self.budget)
+            best[better] = rounded[better]
+            distance = np.where(better, new_distance, distance)
+            dissimilarity = np.where(better, new_dissimilarity, dissimilarity)
+            bar.add(count, [("distance", float(distance.mean()))])
+        return best, distance, dissimilarity
+
+    def _score(
+        self, images: np.ndarray, original: tf.Tensor, wanted: tf.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        crafted = tf.constant(images, tf.float32)
+        distance = _distance(self._features(crafted), wanted)
+        return distance.numpy(), dssim(crafted, original).numpy()
+
+    def _compute_features(self, images: tf.Tensor) -> tf.Tensor:
+        images = self.preprocessing(images) if self.preprocessing else images
+        features = self._graph.run(images, [self._tensor])[self._tensor]
+        return tf.reshape(tf.cast(features, tf.float32), (tf.shape(features)[0], -1))
+
+    def _run_steps(
+        self,
+        start: tf.Tensor,
+        original: tf.Tensor,
+        wanted: tf.Tensor,
+        delta: tf.Tensor,
+        squared_gradient: tf.Tensor,
+        squared_update: tf.Tensor,
+        count: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        finite = tf.constant(True)
+        for _ in tf.range(count):
+            with tf.GradientTape() as tape:
+                tape.watch(delta)
+                image = _to_image(start + delta)
+                excess = tf.nn.relu(dssim(image, original) - self.budget)
+                distance = _distance(self._features(image), wanted)
+                loss = self.penalty * tf.square(excess) + distance
+            gradient = tape.gradient(loss, delta)
+            squared_gradient = _DECAY * squared_gradient + (1 - _DECAY) * tf.square(gradient)
+            update = gradient * tf.sqrt((squared_update + _EPSILON) / (squared_gradient + _EPSILON))
+            squared_update = _DECAY * squared_update + (1 - _DECAY) * tf.square(update)
+            delta = delta - self.learning_rate * update
+            finite = tf.reduce_all(tf.math.is_finite(delta)) & finite
+        return _to_image(start + delta), finite, delta, squared_gradient, squared_update
+
+
+def _to_image(w: tf.Tensor) -> tf.Tensor:
+    return (tf.tanh(w) / _SHRINK + 0.5) * 255
+
+
+def _distance(features: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
+    """Euclidean distance of each row, with a gradient of 0 (not NaN) where it is 0."""
+    squared = tf.reduce_sum(tf.square(features - wanted), axis=1)
+    return tf.sqrt(tf.maximum(squared, 1e-12))
+
+
+def _check_count(name: str, array: np.ndarray, other_name: str, other: np.ndarray) -> None:
+    if len(array) != len(other):
+        raise ValueError(
+            f"There must be as many in `{name}` as in `{other_name}`. Received: "
+            f"{name}.shape={array.shape}, {other_name}.shape={other.shape}"
+        )
+
+
+def _check_classes(y: Any, count: int, name: str) -> np.ndarray | None:
+    return None if y is None else check_labels(y, None, count, name)

@@ -1,0 +1,60 @@
+"""Which images an experiment attacks, and what they are to be taken for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class AttackPlan(NamedTuple):
+    """Numbers of images, for targeted and for non-targeted attacks.
+
+    Attributes:
+        sources: Int array of shape `(n,)`.
+        targets: Int array of shape `(n,)`, each of another class than its source.
+        candidates: Int array of shape `(n, m)`, of `m` different classes, none the source's.
+    """
+
+    sources: np.ndarray
+    targets: np.ndarray
+    candidates: np.ndarray
+
+
+def plan_attacks(
+    y: np.ndarray, student_class: np.ndarray, count: int, *, candidates: int = 5, seed: int = 0
+) -> AttackPlan:
+    """Choose sources and targets at random among the images that the Student answers rightly.
+
+    Args:
+        y: True classes of test images, int array of shape `(n,)`.
+        student_class: The Student's classes of the same images, same shape.
+        count: Number of attacks; fewer when fewer images are answered rightly, since no image is a
+            source twice.
+        candidates: Candidate targets for each non-targeted attack; fewer when there are fewer
+            other classes.
+        seed: Decides the choice.
+
+    Returns:
+        The numbers of the images chosen.
+
+    Raises:
+        ValueError: The Student answers images of fewer than two classes rightly.
+    """
+    rng = np.random.default_rng(seed)
+    right = np.flatnonzero(np.asarray(student_class) == y)
+    classes = np.unique(y[right])
+    if len(classes) < 2:
+        raise ValueError(
+            "An attack needs rightly answered images of at least two classes. Train the Student "
+            f"better or give more test images. Received: {len(right)} such images of "
+            f"{len(classes)} classes"
+        )
+    sources = rng.permutation(right)[:count]
+    pools = {label: right[y[right] == label] for label in classes}
+    chosen = []
+    for source in sources:
+        others = rng.permutation(classes[classes != y[source]])[:candidates]
+        chosen.append([rng.choice(pools[label]) for label in others])
+    grid = np.array(chosen)
+    return AttackPlan(sources, grid[:, 0], grid)

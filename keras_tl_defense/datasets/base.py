@@ -1,0 +1,201 @@
+"""The one form in which every loader hands over its images, and what the loaders share."""
+
+from __future__ import annotations
+
+import operator
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from skimage.transform import resize
+
+_CHUNK = 256  # images resized at once: bounds the memory of the float copy
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageDataset:
+    """Labelled images, split into a training and a test part.
+
+    The images of a loader are ordered by class, so shuffle them before a part is split off. Two
+    data sets are equal only when they are the same object: compare their arrays.
+
+    Args:
+        x_train: Array `(n, height, width, 3)`, `uint8`, RGB in 0..255. The training images.
+        y_train: Array `(n,)`, `int64`, in `0..classes - 1`. Their classes.
+        x_test: Array `(m, height, width, 3)`, `uint8`, RGB in 0..255. The test images.
+        y_test: Array `(m,)`, `int64`, in `0..classes - 1`. Their classes.
+        class_names: Tuple of strings. The name of each class, in the order of the labels.
+        track_train: Array `(n,)`, `int64`, or `None`. Training images that share a number show
+            one physical thing: keep them on one side of a split. Defaults to `None`.
+
+    Raises:
+        ValueError: An array has another type or shape, or a label has no name.
+
+    Example:
+
+    >>> import numpy as np
+    >>> images, labels = np.zeros((2, 8, 8, 3), "uint8"), np.array([0, 1])
+    >>> ImageDataset(images, labels, images, labels, ("stop", "yield"))
+    ImageDataset(classes=2, image_shape=(8, 8, 3), train=2, test=2)
+    """
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    class_names: tuple[str, ...]
+    track_train: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
+            _check_images(f"x_{part}", images)
+            _check_numbers(f"y_{part}", labels, len(images))
+            if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
+                raise ValueError(
+                    f"`y_{part}` holds a label without a class name. Expected labels in "
+                    f"0..{self.classes - 1}; give a name for every class. Received: "
+                    f"labels in {labels.min()}..{labels.max()}"
+                )
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise ValueError(
+                "The training and test images differ in size. Expected one size; resize them "
+                f"first. Received: x_train.shape={self.x_train.shape}, "
+                f"x_test.shape={self.x_test.shape}"
+            )
+        if self.track_train is not None:
+            _check_numbers("track_train", self.track_train, len(self.x_train))
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape `(height, width, 3)` of one image, as a model's input wants it."""
+        height, width, channels = self.x_train.shape[1:]
+        return height, width, channels
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageDataset(classes={self.classes}, image_shape={self.image_shape}, "
+            f"train={len(self.x_train)}, test={len(self.x_test)})"
+        )
+
+
+def _check_images(name: str, images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"`{name}` is not a batch of RGB images. Expected uint8 values of shape "
+            f"(n, height, width, 3); convert it first. Received: {name}.dtype={images.dtype}, "
+            f"{name}.shape={images.shape}"
+        )
+
+
+def _check_numbers(name: str, numbers: np.ndarray, count: int) -> None:
+    if numbers.dtype != np.int64 or numbers.shape != (count,):
+        raise ValueError(
+            f"`{name}` does not fit its images. Expected one int64 for each of {count} images; "
+            f"convert it with `.astype('int64')`, or mend its length. Received: "
+            f"{name}.dtype={numbers.dtype}, {name}.shape={numbers.shape}"
+        )
+
+
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Resize a batch of images to squares, smoothing first where they shrink.
+
+    Args:
+        images: Array `(n, height, width, 3)`, `uint8`, in 0..255.
+        size: Integer. The height and width wanted, in pixels.
+
+    Returns:
+        Array `(n, size, size, 3)`, `uint8`; `images` itself when the size is right already.
+
+    Raises:
+        ValueError: `images` has another type or shape.
+
+    Example:
+
+    >>> import numpy as np
+    >>> resize_images(np.full((2, 30, 40, 3), 7, "uint8"), 16).shape
+    (2, 16, 16, 3)
+    """
+    _check_images("images", images)
+    if images.shape[1:3] == (size, size):
+        return images
+    resized = np.empty((len(images), size, size, 3), np.uint8)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK]
+        shape = (len(chunk), size, size, 3)
+        smooth = resize(chunk, shape, order=1, anti_aliasing=True, preserve_range=True)
+        resized[start : start + _CHUNK] = np.rint(smooth)
+    return resized
+
+
+def read_pack(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read named arrays from an `.npz` file, never unpickling anything.
+
+    Args:
+        path: Path of the file.
+        names: Strings. The arrays that it must hold.
+
+    Returns:
+        Dictionary from each name to its array.
+
+    Raises:
+        ValueError: The file is damaged, holds pickled objects, or lacks one of the arrays.
+
+    Example:
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/pack.npz", x=np.arange(3))
+    ...     read_pack(Path(folder) / "pack.npz", ["x"])
+    {'x': array([0, 1, 2])}
+    """
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            missing = [name for name in names if name not in pack]
+            found = sorted(pack)
+            arrays = {name: pack[name] for name in names if name in pack}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"The file {path} cannot be read ({error}). Expected arrays written by `numpy.savez`, "
+            f"without pickled objects; write it again. Received: path={str(path)!r}"
+        ) from error
+    if missing:
+        raise ValueError(
+            f"The file {path} lacks {missing}. Expected the arrays {list(names)}; write it again "
+            f"with all of them. Received: arrays={found}"
+        )
+    return arrays
+
+
+def check_folder(root: str | Path) -> Path:
+    """Return `root` as a `Path`, or raise a `FileNotFoundError` when there is no such folder."""
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            "There is no such folder. Expected the folder that holds the data; check its "
+            f"spelling, or download the data first. Received: root={str(root)!r}"
+        )
+    return folder
+
+
+def check_integer(name: str, value: object, minimum: int) -> int:
+    """Return `value` as an `int`, or raise a `ValueError` when it is none or below `minimum`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = minimum - 1
+    if isinstance(value, bool | np.bool_) or number < minimum:
+        raise ValueError(
+            f"`{name}` is out of range. Expected an integer of at least {minimum}; give one. "
+            f"Received: {name}={value!r}"
+        )
+    return number

@@ -1,0 +1,232 @@
+"""The demonstration: make a Student, attack it, defend it, and send it the same attacks again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import AttackResult, MimicryAttack, plan_attacks
+from keras_tl_defense.datasets import ImageDataset, faces, gtsrb, synthetic
+from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
+from keras_tl_defense.evaluation import DefenceReport, evaluate_defence, plot_attacks
+from keras_tl_defense.teachers import build_teacher, make_student
+
+DATA = ("synthetic", "gtsrb", "lfw")
+RATIOS = {"synthetic": {"conv1*": 0.95}, "gtsrb": {"conv1*": 0.85}, "lfw": {"conv1*": 0.85}}
+_WORTH_DEFENDING = 0.25
+_SHOWN = 4
+
+
+class DemoError(RuntimeError):
+    """The demonstration proves nothing, because the undefended attack does not succeed."""
+
+
+@dataclass
+class Demo:
+    """One run of the demonstration.
+
+    Args:
+        data: `"synthetic"` draws signs and trains a Teacher on other drawn shapes; `"gtsrb"` and
+            `"lfw"` read a folder.
+        out: Folder for `report.csv`, `report.md`, `attacks.png`, `rates.png` and the SavedModel.
+        data_root: Folder of the data; not for `"synthetic"`.
+        teacher: File of a Keras model with a layer `cut`; not for `"synthetic"`.
+        cut: Name of the last layer that the Student takes from the Teacher.
+        seed: Decides drawing, training, and which images are attacked. The key of the defence is
+            new in every run.
+        attacks: Number of targeted attacks, and of non-targeted ones.
+        steps: Steps of each attack.
+    """
+
+    data: str
+    out: Path
+    data_root: Path | None = None
+    teacher: Path | None = None
+    cut: str = "flatten"
+    seed: int = 0
+    attacks: int = 60
+    steps: int = 600
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        real = self.data != "synthetic"
+        if self.data not in DATA:
+            raise ValueError(f"`data` must be one of {DATA}. Received: data={self.data!r}")
+        for option, value in (("--data-root", self.data_root), ("--teacher", self.teacher)):
+            if real and value is None:
+                raise ValueError(f"`--data {self.data}` needs {option}. Received: nothing")
+            if not real and value is not None:
+                raise ValueError(
+                    f"`--data synthetic` draws its images and trains its Teacher. Leave {option} "
+                    f"out, or choose other data. Received: {option} {value}"
+                )
+        if self.teacher is not None and not Path(self.teacher).is_file():
+            raise FileNotFoundError(
+                f"There is no Teacher at the path given. Received: --teacher {self.teacher}"
+            )
+        if self.attacks < 1:
+            raise ValueError(f"`--attacks` must be at least 1. Received: --attacks {self.attacks}")
+
+    def run(self) -> DefenceReport:
+        """Run every step, print what comes out and write the files.
+
+        Raises:
+            DemoError: The undefended attack does not succeed.
+            OSError: The folder `out` cannot be written.
+        """
+        out = writable_folder(self.out)
+        keras.utils.set_random_seed(self.seed)
+        with self._timed("data"):
+            dataset, teacher_data = self._load()
+        with self._timed("Teacher"):
+            teacher = self._make_teacher(dataset, teacher_data)
+        x_train, y_train = dataset.x_train, dataset.y_train
+        with self._timed("Student"):
+            student = make_student(teacher, self.cut, x_train, y_train, dataset.classes)
+        with self._timed("attack"):
+            attacks = self._attack(teacher, student, dataset)
+        defence = DifferentiatorEnsemble(student, RATIOS[self.data], seed=self.seed)
+        with self._timed("adapt"):
+            defence.adapt(x_train, y_train)
+        with self._timed("fit"):
+            defence.compile(optimizer="adam")
+            defence.fit(x_train, y_train, epochs=5)
+        with self._timed("evaluate"):
+            report = evaluate_defence(defence, dataset.x_test, dataset.y_test, attacks)
+        with self._timed("export"):
+            exported = defence.export(out / "saved_model")
+        self._write(out, report, defence, attacks, dataset)
+        print(f"\nThe defended model: {exported}")
+        _check_attack(report, attacks)
+        return report
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        print(f"\n== {step}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+
+    def _load(self) -> tuple[ImageDataset, ImageDataset | None]:
+        if self.data == "synthetic":
+            signs = synthetic.load_signs(train_per_class=100, test_per_class=40, seed=self.seed)
+            shapes = synthetic.load_shapes(train_per_class=150, seed=self.seed)
+            return signs, shapes
+        assert self.data_root is not None
+        assert self.teacher is not None
+        size = int(keras.models.load_model(self.teacher, compile=False).inputs[0].shape[1])
+        return (gtsrb if self.data == "gtsrb" else faces).load(self.data_root, size=size), None
+
+    def _make_teacher(self, dataset: ImageDataset, shapes: ImageDataset | None) -> Any:
+        if shapes is None:
+            return keras.models.load_model(self.teacher, compile=False)
+        teacher = build_teacher(shapes.image_shape, shapes.classes)
+        teacher.compile(
+            optimizer=keras.optimizers.Adam(1e-3),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        teacher.fit(
+            shapes.x_train.astype(np.float32),
+            shapes.y_train,
+            validation_data=(shapes.x_test.astype(np.float32), shapes.y_test),
+            batch_size=64,
+            epochs=12,
+        )
+        return teacher
+
+    def _attack(self, teacher: Any, student: Any, dataset: ImageDataset) -> dict[str, AttackResult]:
+        x, y = dataset.x_test, dataset.y_test
+        answered = student.predict(x.astype(np.float32)).argmax(axis=1)
+        plan = plan_attacks(y, answered, self.attacks, seed=self.seed)
+        attack = MimicryAttack(teacher, self.cut, budget=0.01, steps=self.steps)
+        sources = x[plan.sources], y[plan.sources]
+        return {
+            "targeted mimicry": attack(sources[0], x[plan.targets], sources[1], y[plan.targets]),
+            "non-targeted mimicry": attack.untargeted(sources[0], x[plan.candidates], sources[1]),
+        }
+
+    def _write(
+        self,
+        out: Path,
+        report: DefenceReport,
+        defence: DifferentiatorEnsemble,
+        attacks: dict[str, AttackResult],
+        dataset: ImageDataset,
+    ) -> None:
+        report.table.to_csv(out / "report.csv", index=False)
+        text = self._describe(report, defence, attacks)
+        (out / "report.md").write_text(text, encoding="utf-8")
+        report.plot().savefig(out / "rates.png", dpi=120)
+        result = attacks["targeted mimicry"]
+        details = defence.explain(result.adversarial, verbose=0)
+        reached = result.reached(details["student_class"])
+        shown = np.argsort(~reached, kind="stable")[:_SHOWN]
+        figure = plot_attacks(
+            result, details["student_class"], details["answer"], shown.tolist(), dataset.class_names
+        )
+        figure.savefig(out / "attacks.png", dpi=120)
+        print(f"\n{text}\nWritten to {out}: report.csv, report.md, attacks.png, rates.png")
+
+    def _describe(
+        self,
+        report: DefenceReport,
+        defence: DifferentiatorEnsemble,
+        attacks: dict[str, AttackResult],
+    ) -> str:
+        pruned = ", ".join(f"{name} {ratio:g}" for name, ratio in defence.layer_ratios.items())
+        seconds = ", ".join(f"{step} {time:.1f}" for step, time in self.seconds.items())
+        return (
+            f"# A defended Student ({self.data}, cut at `{defence.cut}`, seed {self.seed})\n\n"
+            f"{defence.classes} classes, {len(defence.pairs)} differentiators, "
+            f"{defence.ensemble_size} drawn for each input, rejected when "
+            f"{defence.reject_threshold} disagree; pruned: {pruned}. Attacks: mimicry at "
+            f"`{self.cut}`, DSSIM at most 0.01, {self.steps} steps, "
+            f"{len(attacks['targeted mimicry'].adversarial)} test images each. The attacker knows "
+            "the Teacher and not the defence.\n\n"
+            f"{report.to_markdown()}\n"
+            "`retention`: accepted of the clean images that the Student answers rightly. "
+            "`accepted`: crafted images accepted, whatever the answer. Success: within budget and "
+            "answered as the target (targeted) or not as the source (non-targeted). The draw of "
+            "the differentiators is secret and new in every run, so the defended rates differ a "
+            "little from run to run.\n\n"
+            f"Seconds: {seconds}.\n"
+        )
+
+
+def writable_folder(path: Path) -> Path:
+    """Make the folder if need be and check that files can be written there.
+
+    Raises:
+        OSError: They cannot.
+    """
+    probe = path / f".write-test-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"The output folder cannot be written ({error.strerror}). Choose another with --out. "
+            f"Received: --out {path}"
+        ) from error
+    return path
+
+
+def _check_attack(report: DefenceReport, attacks: dict[str, AttackResult]) -> None:
+    for name in attacks:
+        rate = report.rate(name, "undefended_success")
+        if rate < _WORTH_DEFENDING:
+            raise DemoError(
+                f"Only {rate:.0%} of the {name} attacks succeed against the undefended Student, so "
+                "this run says nothing about the defence. Use a Teacher and a cut that the attack "
+                f"works on, or more steps. Expected at least {_WORTH_DEFENDING:.0%}."
+            )

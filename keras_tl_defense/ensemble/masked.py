@@ -1,0 +1,121 @@
+"""Run a frozen body under the masks of many differentiators at once.
+
+One batched pass: every row is an image under the masks of one differentiator. What comes before the
+first mask is the same for all of them and is computed once per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from keras_tl_defense.graph import ModelGraph, Step
+from keras_tl_defense.pruning.blocks import Block, channel_sources
+
+ConnectionMask = Callable[[str, tf.Tensor], tf.Tensor]
+"""Maps a Dense layer's name and a member's number to the kernel's mask, `(inputs, units)`."""
+
+
+class MaskedBody:
+    """The layers from a model's input to its cut, with filters and connections masked per row.
+
+    Args:
+        graph: The Student.
+        cut: Number of the tensor at which the body ends.
+        blocks: The layers that are pruned; filters are numbered in this order, one block after the
+            other.
+
+    Attributes:
+        row_bytes: Size of the largest tensor of a row.
+    """
+
+    def __init__(self, graph: ModelGraph, cut: int, blocks: Sequence[Block]) -> None:
+        self._graph = graph
+        self._cut = cut
+        self._steps = [graph.steps[index] for index in graph.ancestors(cut)]
+        filters = [block for block in blocks if block.kind == "filters"]
+        self._sources = channel_sources(graph, filters, cut)
+        self._connections = {block.name for block in blocks if block.kind == "connections"}
+        self.row_bytes = 4 * max(
+            tf.TensorShape(graph.shapes[step.outputs[0]][1:]).num_elements() or 1
+            for step in self._steps
+        )
+
+    def __call__(
+        self,
+        values: dict[int, tf.Tensor],
+        rows: tf.Tensor,
+        members: tf.Tensor,
+        filter_masks: tf.Tensor,
+        connection_mask: ConnectionMask,
+    ) -> tf.Tensor:
+        """Features at the cut.
+
+        Args:
+            values: The unmasked tensors of a pass over the images, from `ModelGraph.run`.
+            rows: Int tensor of shape `(groups, n)`: for each row the number of its image.
+            members: Int tensor of shape `(groups,)`: the differentiator of each group of rows.
+            filter_masks: Boolean tensor of shape `(differentiators, filters)`, `True` to keep.
+            connection_mask: The mask of a Dense layer's kernel for one differentiator.
+
+        Returns:
+            Float tensor of shape `(groups * n, features)`, the cut flattened.
+        """
+        flat_rows = tf.reshape(rows, [-1])
+        per_group = tf.shape(rows)[1]
+        owned = tf.cast(tf.gather(filter_masks, members), tf.float32)
+        owned = tf.concat([owned, tf.ones_like(owned[:, :1])], axis=1)
+        masked: dict[int, tf.Tensor] = {}
+
+        def value(tensor: int) -> tf.Tensor:
+            if tensor not in masked:
+                masked[tensor] = tf.gather(values[tensor], flat_rows)
+            return masked[tensor]
+
+        for step in self._steps:
+            (tensor,) = step.outputs
+            if step.name in self._connections:
+                masked[tensor] = _masked_dense(
+                    step, value(step.inputs[0]), members, per_group, connection_mask
+                )
+            elif any(t in masked for t in step.inputs):
+                (masked[tensor],) = step({t: value(t) for t in step.inputs})
+            if tensor in self._sources:
+                sources = self._sources[tensor]
+                width = owned.shape[1] - 1
+                mask = tf.gather(owned, [width if s < 0 else int(s) for s in sources], axis=1)
+                mask = tf.repeat(mask, per_group, axis=0)
+                rank = len(self._graph.shapes[tensor])
+                shape = [tf.shape(mask)[0], *[1] * (rank - 2), mask.shape[1]]
+                masked[tensor] = value(tensor) * tf.reshape(mask, shape)
+        features = value(self._cut)
+        width = int(tf.TensorShape(self._graph.shapes[self._cut][1:]).num_elements())
+        return tf.reshape(features, (-1, width))
+
+
+def _masked_dense(
+    step: Step,
+    x: tf.Tensor,
+    members: tf.Tensor,
+    per_group: tf.Tensor,
+    connection_mask: ConnectionMask,
+) -> tf.Tensor:
+    layer = step.layer
+    kernel = tf.convert_to_tensor(layer.kernel)
+    shape = tf.shape(x)
+    groups = tf.shape(members)[0]
+    x = tf.reshape(x, tf.concat([[groups], [-1], [x.shape[-1]]], axis=0))
+
+    def one_group(element: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        images, member = element
+        mask = tf.cast(connection_mask(step.name, member), kernel.dtype)
+        return tf.linalg.matmul(images, kernel * mask)
+
+    out = tf.map_fn(
+        one_group, (x, members), fn_output_signature=kernel.dtype, parallel_iterations=2
+    )
+    out = tf.reshape(out, tf.concat([shape[:-1], [kernel.shape[1]]], axis=0))
+    if layer.use_bias:
+        out = out + layer.bias
+    return layer.activation(out)

@@ -1,0 +1,520 @@
+"""`DifferentiatorEnsemble`: a Student that rejects inputs crafted on its Teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras, register
+from keras_tl_defense.activations import ClassActivations
+from keras_tl_defense.data import Batches
+from keras_tl_defense.ensemble.bank import DifferentiatorBank
+from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
+from keras_tl_defense.ensemble.training import sample_classes, train_heads
+from keras_tl_defense.graph import ModelGraph
+from keras_tl_defense.metrics import Rate, clean_rates
+from keras_tl_defense.pruning.blocks import find_blocks
+from keras_tl_defense.pruning.ratios import resolve_ratios
+from keras_tl_defense.serving import export_saved_model
+
+_ADAPTED, _FITTED = 1, 2
+_LOWEST = float(np.finfo(np.float32).min)
+_BODY_BYTES = 64 << 20
+
+
+@register
+class DifferentiatorEnsemble(keras.Model):
+    """A Student that rejects inputs on which a few differentiators disagree with it.
+
+    A differentiator is a copy of the Student for two classes: its frozen layers, pruned by the
+    activations of these classes, under a head of its own that tells one from the other. An input
+    crafted on the public Teacher imitates the activations of another class in the *unpruned*
+    layers, and loses the imitation where these are missing. For each input the Student answers a
+    class, and `ensemble_size` differentiators that know this class are drawn by a keyed hash of the
+    input. When `reject_threshold` of them disagree, the answer is 0, rejected; else it is the
+    Student's class plus one.
+
+    Images are in 0..255. The Student's layers are shared, not copied: train it before, not after.
+
+    Args:
+        student: A trained Functional or Sequential Keras model with K >= 2 outputs (logits or
+            softmax). The layers that carry the Teacher's weights have `trainable=False`.
+        ratios: Fraction of each layer's filters, or of a Dense layer's connections, that is pruned:
+            one number in `[0, 1)` or a mapping from `fnmatch` patterns of layer names to numbers;
+            the first that matches counts, a layer that none matches is not pruned. The first
+            convolutions carry most of the protection, as in `{"conv1*": 0.85}`.
+        ensemble_size: Differentiators that check an input, at most K-1. Defaults to 5, or K-1 where
+            that is less.
+        reject_threshold: Number of disagreeing differentiators that rejects an input.
+        cut: Name of the last frozen layer. Defaults to what `layer.trainable` says.
+        preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
+            take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
+            registered function can be saved with the model.
+        seed: Makes training reproducible. The key never comes from it.
+        key: Secret of the draw, 16 bytes. For tests; defaults to the operating system's randomness.
+        **kwargs: Passed to `keras.Model`.
+
+    Attributes:
+        pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
+        layer_ratios: Ratio of each layer that is pruned.
+        cut: Name of the last frozen layer.
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: An argument is out of range, the Student is subclassed, or no layer is frozen.
+
+    Example:
+        >>> defence = DifferentiatorEnsemble(student, {"conv1*": 0.85}, seed=0)
+        >>> defence.adapt(x_train, y_train)
+        >>> defence.compile(optimizer="adam")
+        >>> defence.fit(x_train, y_train, epochs=5)
+        >>> defence.predict(x_test)
+        array([3, 0, 7], dtype=int32)
+
+    Reference:
+        Wu et al., "Defeating Misclassification Attacks Against Transfer Learning", IEEE TDSC 2022.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        ratios: float | Mapping[str, float],
+        *,
+        ensemble_size: int | None = None,
+        reject_threshold: int = 1,
+        cut: str | None = None,
+        preprocessing: Any = None,
+        seed: int | None = None,
+        key: bytes | None = None,
+        **kwargs: Any,
+    ) -> None:
+        graph = ModelGraph(student, "student")
+        super().__init__(**kwargs)
+        self.student = student
+        self._graph = graph
+        self.classes = _class_count(graph)
+        tensor = graph.find_cut() if cut is None else graph.layer_output(cut)
+        self.cut = graph.steps[graph.producer[tensor]].name
+        self.preprocessing = _check_preprocessing(preprocessing)
+        self.ensemble_size = _check_ensemble_size(ensemble_size, self.classes)
+        self.reject_threshold = _check_threshold(reject_threshold, self.ensemble_size)
+        self.seed = seed
+        layers = [block.name for block in find_blocks(graph, before=tensor)]
+        self.layer_ratios = resolve_ratios(ratios, layers)
+        self._ratios = ratios if isinstance(ratios, (int, float)) else dict(ratios)
+        self._bank = DifferentiatorBank(
+            graph, tensor, dict(self.layer_ratios), self.classes, name="differentiators"
+        )
+        self._key = self.add_weight(
+            name="key", shape=(2,), dtype="int64", initializer="zeros", trainable=False
+        )
+        self._key.assign(new_key() if key is None else _check_key(key))
+        self._stage = self.add_weight(
+            name="stage", shape=(), dtype="int32", initializer="zeros", trainable=False
+        )
+        self._optimizer_config: Any = None
+        self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
+        self.built = True
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """The two classes of each differentiator, int array of shape `(K(K-1)/2, 2)`."""
+        return self._bank.pairs
+
+    def adapt(
+        self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
+    ) -> None:
+        """Compute the classes' activations and prune the differentiators by them, afresh.
+
+        Args:
+            x: Training images of shape `(n, H, W, C)` in 0..255: array, tensor, or batched
+                `tf.data.Dataset` of `(images, labels)`.
+            y: Integer labels of shape `(n,)` in `0..K-1`.
+            batch_size: Images per batch, for arrays.
+            verbose: 0 shows no progress bar.
+
+        Raises:
+            ValueError: A class has no image, or the images are not in 0..255.
+        """
+        activations = ClassActivations(self._graph)
+        activations.adapt(
+            x, y, batch_size=batch_size, verbose=verbose, preprocessing=self.preprocessing
+        )
+        low, high = activations.value_range
+        if low < 0 or high > 255 or high <= 1:
+            raise ValueError(
+                "Images must be in 0..255, because the draw of the members rounds them to whole "
+                "grey levels. Give the scaling to what the Student takes as `preprocessing`, such "
+                "as `keras.layers.Rescaling(1 / 255)`, and pass the images unscaled. "
+                f"Received: x from {low:g} to {high:g}"
+            )
+        self._bank.prune(activations)
+        self._stage.assign(_ADAPTED)
+
+    def compile(self, optimizer: Any = "adam") -> None:
+        """Choose the optimizer of the differentiators' heads.
+
+        Args:
+            optimizer: Name or instance of a Keras optimizer. Every chunk of heads starts with a
+                fresh one of the same configuration.
+        """
+        self._optimizer_config = keras.optimizers.serialize(keras.optimizers.get(optimizer))
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        epochs: int = 5,
+        batch_size: int = 32,
+        images_per_class: int = 100,
+        verbose: int | str = "auto",
+    ) -> Any:
+        """Train the head of every differentiator on the images of its two classes.
+
+        Args:
+            x: Training images, as for `adapt`.
+            y: Integer labels of shape `(n,)` in `0..K-1`.
+            epochs: Passes of each head over its images.
+            batch_size: Images in a head's step.
+            images_per_class: At most this many images of each class are used, chosen at random.
+                More take longer and reject fewer honest inputs.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            A Keras `History` with the mean `loss` and `accuracy` of the heads in each epoch.
+
+        Raises:
+            RuntimeError: `adapt` or `compile` was not called.
+        """
+        self._require(_ADAPTED)
+        if self._optimizer_config is None:
+            raise RuntimeError(
+                'The model has no optimizer. Call `compile(optimizer="adam")` first.'
+            )
+        for name, value in (("epochs", epochs), ("images_per_class", images_per_class)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+        rng = np.random.default_rng(self.seed)
+        sample = sample_classes(
+            self._batches(x, y, batch_size, labelled=True), images_per_class, rng
+        )
+        bar = keras.utils.Progbar(
+            len(self.pairs), verbose=0 if verbose == 0 else 1, unit_name="differentiator"
+        )
+
+        @tf.function(
+            input_signature=[
+                self._image_spec(),
+                tf.TensorSpec((None, None), tf.int32),
+                tf.TensorSpec((None,), tf.int32),
+            ]
+        )
+        def row_features(images: tf.Tensor, rows: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
+            values = self._graph.run(self._preprocess(images), self._bank.needs)
+            return self._bank.body_features(values, rows, members)
+
+        heads = train_heads(
+            lambda images, rows, members: row_features(
+                images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
+            ),
+            sample,
+            self.pairs,
+            self._optimizer_config,
+            epochs=epochs,
+            batch_size=batch_size,
+            rows_at_once=self._bank.rows_at_once(_BODY_BYTES),
+            rng=rng,
+            progress=lambda count, figures: bar.add(count, list(figures.items())),
+        )
+        self._bank.kernel.assign(heads.kernel)
+        self._bank.bias.assign(heads.bias)
+        self._stage.assign(_FITTED)
+        history = keras.callbacks.History()
+        history.epoch = list(range(epochs))
+        history.history = {"loss": heads.loss.tolist(), "accuracy": heads.accuracy.tolist()}
+        return history
+
+    def call(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Answer a batch, as `explain` does, as tensors and without a check of the input.
+
+        An image with NaN or infinity is rejected with the lowest finite score.
+
+        Args:
+            inputs: Images of shape `(batch, H, W, C)` in 0..255.
+        """
+        images = tf.cast(inputs, tf.float32)
+        pixels = tuple(range(1, images.shape.rank))
+        finite = tf.reduce_all(tf.math.is_finite(images), axis=pixels)
+        safe = tf.where(tf.math.is_finite(images), images, 0)
+        values = self._graph.run(self._preprocess(safe), [self._graph.output])
+        logits = values[self._graph.output]
+        finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
+        student_class = tf.argmax(logits, axis=1, output_type=tf.int32)
+
+        partners = draw(fingerprint(safe), self._key, self.classes - 1, self.ensemble_size)
+        partners += tf.cast(partners >= student_class[:, None], tf.int32)
+        members = self._bank.index(student_class[:, None], partners)
+        flat = tf.reshape(members, [-1])
+        rows = tf.repeat(tf.range(tf.shape(images)[0]), self.ensemble_size)[:, None]
+        features = self._bank.body_features(values, rows, flat)
+        first_class = tf.reshape(self._bank.logits(features, flat), tf.shape(members))
+        margins = tf.where(student_class[:, None] < partners, first_class, -first_class)
+        finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
+        agree = tf.where(student_class[:, None] < partners, first_class > 0, first_class <= 0)
+        disagreements = tf.reduce_sum(tf.cast(~agree, tf.int32), axis=1)
+        disagreements = tf.where(finite, disagreements, self.ensemble_size)
+        accepted = disagreements < self.reject_threshold
+        return {
+            "answer": tf.where(accepted, student_class + 1, 0),
+            "accepted": accepted,
+            "student_class": student_class,
+            "disagreements": disagreements,
+            "score": tf.where(finite, tf.reduce_mean(margins, axis=1), _LOWEST),
+            "members": members,
+        }
+
+    def predict(self, x: Any, batch_size: int = 32, verbose: int | str = "auto") -> np.ndarray:
+        """Answer images.
+
+        Args:
+            x: Images of shape `(n, H, W, C)` in 0..255: array, tensor, or batched
+                `tf.data.Dataset`, with or without labels.
+            batch_size: Images per batch, for arrays. The answers do not depend on it.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            Int32 array of shape `(n,)`: 0 for rejected, else the Student's class plus one.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            ValueError: The images do not fit the Student, or are not finite.
+        """
+        return self.explain(x, batch_size, verbose)["answer"]
+
+    def explain(
+        self, x: Any, batch_size: int = 32, verbose: int | str = "auto"
+    ) -> dict[str, np.ndarray]:
+        """Answer images and say how each answer came about.
+
+        Args:
+            x: Images, as for `predict`.
+            batch_size: Images per batch, for arrays.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
+            `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
+            `score`, the members' mean margin (their logits, positive for the Student's class);
+            `members`, `(n, ensemble_size)`, rows of `pairs`.
+        """
+        return self._explain(self._batches(x, None, batch_size), verbose)[0]
+
+    def evaluate(
+        self, x: Any, y: Any = None, batch_size: int = 32, verbose: int | str = "auto"
+    ) -> dict[str, Rate]:
+        """How many honest inputs the defence keeps answering.
+
+        Args:
+            x: Images, as for `adapt`.
+            y: Integer labels of shape `(n,)` in `0..K-1`.
+            batch_size: Images per batch, for arrays.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            `student_accuracy`, `retention` (accepted of those that the Student answers rightly),
+            `clean_acceptance` (accepted of all) and `clean_accuracy` (accepted and right of all),
+            each with its count and Wilson 95 % interval.
+        """
+        batches = self._batches(x, y, batch_size, labelled=True)
+        details, labels = self._explain(batches, verbose)
+        return clean_rates(labels, details["student_class"], details["answer"])
+
+    def sparsity(self) -> pd.DataFrame:
+        """What every differentiator keeps of each layer that is pruned.
+
+        Returns:
+            Columns `layer`, `units` (filters of a convolution, connections of a Dense layer) and
+            `kept`.
+        """
+        return pd.DataFrame(self._bank.kept(), columns=["layer", "units", "kept"])
+
+    def export(self, path: str | Path) -> Path:
+        """Write a SavedModel for TF Serving, which answers without this library.
+
+        Its signature `serving_default` takes images of shape `(batch, H, W, C)` in 0..255 and
+        returns what `explain` does, less `members`.
+
+        Args:
+            path: Folder. When its last part is not a version number, the next free one is added.
+
+        Returns:
+            The folder that was written.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            OSError: The folder cannot be written, or holds something already.
+        """
+        self._require(_FITTED)
+        return export_saved_model(self, path, self._image_spec())
+
+    def serve(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What the exported model answers: `call` without the members, which are secret."""
+        answer = self.call(inputs)
+        del answer["members"]
+        return answer
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` needs; activations, heads and the key are weights."""
+        return {
+            "name": self.name,
+            "student": keras.utils.serialize_keras_object(self.student),
+            "ratios": self._ratios if isinstance(self._ratios, float) else dict(self._ratios),
+            "ensemble_size": self.ensemble_size,
+            "reject_threshold": self.reject_threshold,
+            "cut": self.cut,
+            "preprocessing": _serialize_preprocessing(self.preprocessing),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Make a model from `get_config`, without what it learned."""
+        config = dict(config)
+        for part in ("student", "preprocessing"):
+            if config[part] is not None:
+                config[part] = keras.utils.deserialize_keras_object(
+                    config[part], custom_objects=custom_objects
+                )
+        return cls(**config)
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """What `compile_from_config` needs."""
+        return self._optimizer_config and {"optimizer": self._optimizer_config}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile a loaded model as it was."""
+        self.compile(keras.optimizers.deserialize(config["optimizer"]))
+
+    def _explain(
+        self, batches: Batches, verbose: int | str
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        self._require(_FITTED)
+        bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
+        parts, labels = [], []
+        for images, label in batches:
+            parts.append(self._answer_fn(images.astype(np.float32)))
+            labels.append(label)
+            bar.add(1)
+        names = parts[0]
+        details = {name: np.concatenate([part[name].numpy() for part in parts]) for name in names}
+        return details, np.concatenate(labels)
+
+    def _batches(self, x: Any, y: Any, batch_size: int, labelled: bool = False) -> Batches:
+        return Batches(
+            x,
+            y,
+            shape=self._graph.input_shape,
+            classes=self.classes if labelled else None,
+            batch_size=batch_size,
+        )
+
+    def _image_spec(self) -> tf.TensorSpec:
+        return tf.TensorSpec((None, *self._graph.input_shape), tf.float32, name="images")
+
+    def _preprocess(self, images: tf.Tensor) -> tf.Tensor:
+        return images if self.preprocessing is None else self.preprocessing(images)
+
+    def _require(self, stage: int) -> None:
+        done = int(np.array(self._stage))
+        if done < _ADAPTED:
+            raise RuntimeError(
+                "The differentiators are not pruned yet. Call `adapt(x_train, y_train)`, then "
+                "`compile()` and `fit(x_train, y_train)`."
+            )
+        if done < stage:
+            raise RuntimeError(
+                "The differentiators are not trained since the last `adapt`. Call "
+                '`compile(optimizer="adam")`, then `fit(x_train, y_train)`.'
+            )
+
+
+def _class_count(graph: ModelGraph) -> int:
+    shape = graph.shapes[graph.output]
+    if len(shape) != 2 or shape[1] is None or shape[1] < 2:
+        raise ValueError(
+            "The student must return one row of K >= 2 logits or probabilities for each image. A "
+            "single sigmoid output can be retrained as `Dense(2)`. "
+            f"Received: output shape {shape}"
+        )
+    return shape[1]
+
+
+def _check_ensemble_size(ensemble_size: int | None, classes: int) -> int:
+    if ensemble_size is None:
+        return min(5, classes - 1)
+    if isinstance(ensemble_size, bool) or not isinstance(ensemble_size, int):
+        raise TypeError(
+            f"`ensemble_size` must be an integer. Received: ensemble_size={ensemble_size!r}"
+        )
+    if not 1 <= ensemble_size < classes:
+        raise ValueError(
+            f"`ensemble_size` must be in 1..{classes - 1}, because only K-1 = {classes - 1} "
+            f"differentiators know a class. Received: ensemble_size={ensemble_size}"
+        )
+    return ensemble_size
+
+
+def _check_threshold(reject_threshold: int, ensemble_size: int) -> int:
+    if isinstance(reject_threshold, bool) or not isinstance(reject_threshold, int):
+        raise TypeError(
+            "`reject_threshold` must be an integer. "
+            f"Received: reject_threshold={reject_threshold!r}"
+        )
+    if not 1 <= reject_threshold <= ensemble_size:
+        raise ValueError(
+            f"`reject_threshold` must be in 1..{ensemble_size}, the number of differentiators that "
+            f"check an input. Received: reject_threshold={reject_threshold}"
+        )
+    return reject_threshold
+
+
+def _check_preprocessing(preprocessing: Any) -> Any:
+    if preprocessing is not None and not callable(preprocessing):
+        raise TypeError(
+            "`preprocessing` must be a callable such as `keras.layers.Rescaling(1 / 255)`. "
+            f"Received: preprocessing={preprocessing!r}"
+        )
+    return preprocessing
+
+
+def _serialize_preprocessing(preprocessing: Any) -> Any:
+    if preprocessing is None:
+        return None
+    if isinstance(preprocessing, keras.layers.Layer) or _is_registered(preprocessing):
+        return keras.utils.serialize_keras_object(preprocessing)
+    raise ValueError(
+        "A plain function cannot be saved with the model, because loading a file must not run code "
+        "from it. Pass a Keras layer such as `keras.layers.Rescaling(1 / 255)`, or decorate the "
+        "function with `@keras.utils.register_keras_serializable()`. "
+        f"Received: preprocessing={preprocessing!r}"
+    )
+
+
+def _is_registered(function: Any) -> bool:
+    name = keras.utils.get_registered_name(function) if hasattr(function, "__name__") else None
+    return name is not None and keras.utils.get_registered_object(name) is not None
+
+
+def _check_key(key: bytes) -> np.ndarray:
+    if not isinstance(key, bytes) or len(key) != 16:
+        raise ValueError(
+            f"`key` must be 16 bytes. Received: {type(key).__name__} of length "
+            f"{len(key) if hasattr(key, '__len__') else 'unknown'}"
+        )
+    return np.frombuffer(key, np.int64).copy()

@@ -1,0 +1,90 @@
+"""Which differentiators check an input: a keyed draw, one for each example.
+
+The draw is a pseudo-random function (SipHash-2-4) of the input under a secret 128-bit key. The same
+input gets the same members in every batch, replica and process, so that trying again does not help,
+and without the key nobody can tell which.
+
+Reference:
+    Aumasson and Bernstein, "SipHash: a fast short-input PRF", INDOCRYPT 2012.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+
+def new_key() -> np.ndarray:
+    """A fresh key from the operating system's randomness, two int64."""
+    return np.frombuffer(os.urandom(16), np.int64).copy()
+
+
+def fingerprint(images: tf.Tensor) -> tf.Tensor:
+    """A 64-bit fingerprint of each image, blind to changes of less than half a grey level.
+
+    Args:
+        images: Float32 tensor of shape `(batch, …)`, finite, in 0..255. They are rounded to whole
+            grey levels, so that invisible noise buys no new draw.
+
+    Returns:
+        Tensor of shape `(batch,)`, uint64.
+    """
+    whole = tf.round(images) + 0.0  # -0.0 and 0.0 have different bits
+    data = tf.bitcast(tf.reshape(whole, (tf.shape(images)[0], -1)), tf.uint8)
+    return tf.bitcast(tf.fingerprint(tf.reshape(data, (tf.shape(data)[0], -1))), tf.uint64)
+
+
+def draw(fingerprints: tf.Tensor, key: tf.Tensor, candidates: int, count: int) -> tf.Tensor:
+    """Draw `count` of `candidates` for each example, without replacement, uniformly.
+
+    Args:
+        fingerprints: Tensor of shape `(batch,)`, uint64.
+        key: The secret, int64 tensor of shape `(2,)`.
+        candidates: How many there are to choose from.
+        count: How many to choose.
+
+    Returns:
+        Int32 tensor of shape `(batch, count)`, values in `0..candidates-1`.
+    """
+    slots = tf.cast(tf.range(candidates, dtype=tf.int64), tf.uint64)
+    priority = _siphash((fingerprints[:, None], slots[None, :]), tf.bitcast(key, tf.uint64))
+    return tf.math.top_k(tf.bitcast(priority, tf.int64), k=count).indices
+
+
+def _siphash(words: tuple[tf.Tensor, ...], key: tf.Tensor) -> tf.Tensor:
+    """SipHash-2-4 of messages of whole 64-bit words; the words broadcast against each other."""
+
+    def constant(value: int) -> tf.Tensor:
+        return tf.constant(value, tf.uint64)
+
+    def rotate(x: tf.Tensor, bits: int) -> tf.Tensor:
+        left = tf.bitwise.left_shift(x, constant(bits))
+        return tf.bitwise.bitwise_or(left, tf.bitwise.right_shift(x, constant(64 - bits)))
+
+    def rounds(state: tuple[tf.Tensor, ...], count: int) -> tuple[tf.Tensor, ...]:
+        a, b, c, d = state
+        for _ in range(count):
+            a, c = a + b, c + d
+            b, d = xor(rotate(b, 13), a), xor(rotate(d, 16), c)
+            a, c = rotate(a, 32) + d, c + b
+            d, b = xor(rotate(d, 21), a), xor(rotate(b, 17), c)
+            c = rotate(c, 32)
+        return a, b, c, d
+
+    xor = tf.bitwise.bitwise_xor
+    state = (
+        xor(key[0], constant(0x736F6D6570736575)),
+        xor(key[1], constant(0x646F72616E646F6D)),
+        xor(key[0], constant(0x6C7967656E657261)),
+        xor(key[1], constant(0x7465646279746573)),
+    )
+    length = constant((8 * len(words) % 256) << 56)
+    for word in (*words, length):
+        a, b, c, d = state
+        a, b, c, d = rounds((a, b, c, xor(d, word)), 2)
+        state = (xor(a, word), b, c, d)
+    a, b, c, d = state
+    a, b, c, d = rounds((a, b, xor(c, constant(0xFF)), d), 4)
+    return xor(xor(a, b), xor(c, d))

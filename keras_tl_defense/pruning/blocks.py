@@ -1,0 +1,211 @@
+"""Where a filter's or a connection's activation is read, and where its mask takes effect.
+
+A filter's *block* is its convolution and the chain of batch normalisation, activation and dropout
+layers that follow it with a single consumer. Its activation is read at the end of the block, and
+there a pruned filter becomes exactly 0. `channel_sources` follows the channels from there, so that
+no later offset revives a pruned one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.graph import ModelGraph, Step
+
+_layers = keras.layers
+_CONVOLUTIONS = (
+    _layers.Conv1D,
+    _layers.Conv2D,
+    _layers.SeparableConv1D,
+    _layers.SeparableConv2D,
+)
+_DEPTHWISE = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
+_TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose)
+_ACTIVATIONS = (
+    _layers.Activation,
+    _layers.ReLU,
+    _layers.LeakyReLU,
+    _layers.PReLU,
+    _layers.ELU,
+)
+_INACTIVE = (
+    _layers.Dropout,
+    _layers.SpatialDropout1D,
+    _layers.SpatialDropout2D,
+    _layers.GaussianDropout,
+    _layers.GaussianNoise,
+    _layers.AlphaDropout,
+    _layers.ActivityRegularization,
+)
+_SPATIAL = (
+    _layers.MaxPooling1D,
+    _layers.MaxPooling2D,
+    _layers.AveragePooling1D,
+    _layers.AveragePooling2D,
+    _layers.GlobalMaxPooling1D,
+    _layers.GlobalMaxPooling2D,
+    _layers.GlobalAveragePooling1D,
+    _layers.GlobalAveragePooling2D,
+    _layers.ZeroPadding1D,
+    _layers.ZeroPadding2D,
+    _layers.Cropping1D,
+    _layers.Cropping2D,
+    _layers.UpSampling1D,
+    _layers.UpSampling2D,
+)
+_MIXING = (_layers.LayerNormalization, _layers.GroupNormalization, _layers.Multiply)
+_REVIVING = (_layers.BatchNormalization, *_ACTIVATIONS, *_DEPTHWISE)
+_CHAIN = (_layers.BatchNormalization, *_ACTIVATIONS, *_INACTIVE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A prunable layer.
+
+    Attributes:
+        name: Name of the layer.
+        step: The layer's call.
+        kind: `"filters"` are pruned whole, `"connections"` of a Dense layer singly.
+        tensor: Number of the tensor whose units' activations are scored: the end of the block for
+            filters, the layer's input for connections.
+        units: Number of those units.
+    """
+
+    name: str
+    step: Step
+    kind: Literal["filters", "connections"]
+    tensor: int
+    units: int
+
+
+def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
+    """The prunable layers of a model, in the order in which they run.
+
+    Args:
+        graph: The model.
+        before: Number of a tensor; only layers that it depends on are returned. Defaults to the
+            model's output.
+
+    Raises:
+        ValueError: A prunable layer is used more than once, or has its channels first.
+    """
+    target = graph.output if before is None else before
+    steps = [graph.steps[i] for i in graph.ancestors(target)]
+    uses: dict[int, int] = {}
+    for step in steps:
+        uses[id(step.layer)] = uses.get(id(step.layer), 0) + 1
+    blocks = []
+    for step in steps:
+        dense = isinstance(step.layer, _layers.Dense)
+        convolution = isinstance(step.layer, _CONVOLUTIONS + _DEPTHWISE) and not isinstance(
+            step.layer, _TRANSPOSED
+        )
+        if not (dense or convolution):
+            continue
+        if uses[id(step.layer)] > 1:
+            raise ValueError(
+                f"The layer {step.name!r} is used {uses[id(step.layer)]} times in the "
+                f"{graph.role}. One mask cannot serve both places; use a layer of its own in each. "
+                f"Received: layer={step.name!r}"
+            )
+        if getattr(step.layer, "data_format", "channels_last") != "channels_last":
+            raise ValueError(
+                f"The layer {step.name!r} has its channels first. Build the {graph.role} with "
+                f"`data_format='channels_last'`. Received: data_format={step.layer.data_format!r}"
+            )
+        if dense:
+            blocks.append(_block(graph, step, "connections", step.inputs[0]))
+        elif not isinstance(step.layer, _DEPTHWISE):
+            blocks.append(_block(graph, step, "filters", _block_end(graph, step)))
+    return blocks
+
+
+def _block(
+    graph: ModelGraph, step: Step, kind: Literal["filters", "connections"], tensor: int
+) -> Block:
+    units = graph.shapes[tensor][-1]
+    assert units is not None, "Keras builds kernels for known sizes only"
+    return Block(step.name, step, kind, tensor, units)
+
+
+def _block_end(graph: ModelGraph, step: Step) -> int:
+    tensor = step.outputs[0]
+    while len(graph.consumers[tensor]) == 1:
+        follower = graph.steps[graph.consumers[tensor][0]]
+        if not isinstance(follower.layer, _CHAIN):
+            break
+        tensor = follower.outputs[0]
+    return tensor
+
+
+def channel_sources(graph: ModelGraph, blocks: list[Block], cut: int) -> dict[int, np.ndarray]:
+    """Which tensors must be masked, and by which filter each of their channels.
+
+    The filters of `blocks` are numbered one block after the other. Besides the end of each block,
+    a channel is masked again wherever an offset could revive it: after a batch normalisation, an
+    activation or a depthwise convolution, through pooling, padding, flattening and concatenation.
+
+    Args:
+        graph: The model.
+        blocks: Blocks of kind `"filters"`.
+        cut: Number of the tensor up to which channels are followed.
+
+    Returns:
+        For each tensor to be masked, an int array of shape `(channels,)`: the filter's number, or
+        `-1` for a channel that no block owns.
+
+    Raises:
+        ValueError: A pruned channel meets a layer that mixes channels in a way in which "removed"
+            has no meaning (a normalisation over channels, a product).
+    """
+    sources: dict[int, np.ndarray] = {}
+    masked: dict[int, np.ndarray] = {}
+    ends, offset = {}, 0
+    for block in blocks:
+        ends[block.tensor] = np.arange(offset, offset + block.units)
+        offset += block.units
+    for index in graph.ancestors(cut):
+        step = graph.steps[index]
+        tensor = step.outputs[0]
+        known = [sources.get(t) for t in step.inputs]
+        if tensor in ends:
+            sources[tensor] = masked[tensor] = ends[tensor]
+        elif any(source is not None for source in known):
+            followed = _follow(graph, step, known)
+            if followed is not None:
+                sources[tensor] = followed
+                if isinstance(step.layer, _REVIVING):
+                    masked[tensor] = followed
+    return masked
+
+
+def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np.ndarray | None:
+    """Sources of the channels that `step` returns, `None` where it makes new channels."""
+    layer, source = step.layer, known[0]
+    last = len(graph.shapes[step.outputs[0]]) - 1
+    if isinstance(layer, _layers.Concatenate) and layer.axis in (-1, last):
+        widths = [int(graph.shapes[t][-1] or 0) for t in step.inputs]
+        return np.concatenate(
+            [np.full(w, -1) if s is None else s for s, w in zip(known, widths, strict=True)]
+        )
+    if isinstance(layer, _MIXING):
+        raise ValueError(
+            f"The layer {step.name!r} ({type(layer).__name__}) mixes the channels of a pruned "
+            "convolution with others, so none of them can be removed before it. Give ratios that "
+            "leave the convolutions before it alone. "
+            f"Received: layer={step.name!r}"
+        )
+    if source is None:
+        return None
+    if isinstance(layer, _DEPTHWISE):
+        return np.repeat(source, layer.depth_multiplier)
+    if isinstance(layer, _layers.Flatten):
+        width = graph.shapes[step.outputs[0]][-1]
+        return None if width is None else np.tile(source, width // len(source))
+    if isinstance(layer, _REVIVING + _INACTIVE + _SPATIAL):
+        return source
+    return None

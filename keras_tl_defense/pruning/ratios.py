@@ -1,0 +1,60 @@
+"""What users may give as pruning ratios, and what each layer gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from numbers import Real
+
+
+def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """The ratio of each prunable layer.
+
+    Args:
+        ratios: One fraction for every layer, in `[0, 1)`, or a mapping from `fnmatch` patterns of
+            layer names to fractions. The first pattern that matches a layer counts; a layer that
+            none matches is not pruned.
+        layers: Names of the prunable layers.
+
+    Returns:
+        The layers that are pruned, with their ratios.
+
+    Raises:
+        TypeError: A ratio is not a number, or `ratios` is neither a number nor a mapping.
+        ValueError: A ratio is outside `[0, 1)`, or a pattern matches no layer.
+
+    Example:
+        >>> resolve_ratios({"conv1*": 0.85}, ["conv1_1", "conv1_2", "conv2_1"])
+        {'conv1_1': 0.85, 'conv1_2': 0.85}
+    """
+    if isinstance(ratios, Mapping):
+        patterns = dict(ratios)
+    elif isinstance(ratios, Real) and not isinstance(ratios, bool):
+        patterns = {"*": float(ratios)}
+    else:
+        raise TypeError(
+            "`ratios` must be a number in [0, 1) or a mapping from layer-name patterns to such "
+            f"numbers, as {{'conv1*': 0.85}}. Received: ratios={ratios!r}"
+        )
+    for pattern, ratio in patterns.items():
+        if not isinstance(ratio, Real) or isinstance(ratio, bool):
+            raise TypeError(f"A ratio must be a number. Received: ratios[{pattern!r}]={ratio!r}")
+        if not math.isfinite(ratio) or not 0 <= ratio < 1:
+            raise ValueError(
+                "A ratio is the fraction of a layer that is pruned and must be in [0, 1). "
+                f"Received: ratios[{pattern!r}]={ratio!r}"
+            )
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"The pattern {pattern!r} matches no prunable layer before the cut. Those are: "
+                f"{', '.join(layers) or 'none'}. Received: ratios={ratios!r}"
+            )
+    resolved = {}
+    for name in layers:
+        for pattern, ratio in patterns.items():
+            if fnmatchcase(name, pattern):
+                if ratio > 0:
+                    resolved[name] = float(ratio)
+                break
+    return resolved

@@ -1,0 +1,81 @@
+"""A small Teacher, and Students made from a Teacher's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_tl_defense._keras import keras
+
+
+def build_teacher(
+    input_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...] = (24, 48, 96)
+) -> Any:
+    """A VGG-style network for small images in 0..255, untrained.
+
+    Args:
+        input_shape: `(H, W, C)`.
+        classes: Number of logits.
+        widths: Filters of each block of two 3×3 convolutions and a pooling.
+
+    Returns:
+        A Functional Keras model with layers `conv1_1`, `conv1_2`, `pool1` and so on, `flatten`,
+        `fc1` and `logits`.
+    """
+    layers = keras.layers
+    x = inputs = keras.Input(input_shape)
+    x = layers.Rescaling(1 / 127.5, offset=-1, name="rescaling")(x)
+    for block, width in enumerate(widths, start=1):
+        for part in (1, 2):
+            x = layers.Conv2D(
+                width, 3, padding="same", activation="relu", name=f"conv{block}_{part}"
+            )(x)
+        x = layers.MaxPooling2D(name=f"pool{block}")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dropout(0.3, name="dropout")(x)
+    x = layers.Dense(128, activation="relu", name="fc1")(x)
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="teacher")
+
+
+def make_student(
+    teacher: Any,
+    cut: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    classes: int,
+    *,
+    epochs: int = 30,
+    verbose: int | str = "auto",
+) -> Any:
+    """A deep-layer Student: the Teacher's layers up to `cut`, frozen, and one Dense of its own.
+
+    The Dense layer is trained on features that are computed once.
+
+    Args:
+        teacher: A Keras model.
+        cut: Name of the last layer that is taken over.
+        x: Training images of shape `(n, H, W, C)`, as the Teacher takes them.
+        y: Labels of shape `(n,)` in `0..classes-1`.
+        classes: Number of classes.
+        epochs: Passes over the features.
+        verbose: 0 shows no progress bar.
+
+    Returns:
+        A Functional Keras model that returns logits, with the Teacher's layers nested in it as
+        `base`.
+    """
+    base = keras.Model(teacher.inputs[0], teacher.get_layer(cut).output, name="base")
+    base.trainable = False
+    features = base.predict(x.astype(np.float32), verbose=verbose)
+    flatten = [keras.layers.Flatten()] if features.ndim > 2 else []
+    head = keras.Sequential(
+        [keras.Input(features.shape[1:]), *flatten, keras.layers.Dense(classes)], name="head"
+    )
+    head.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    head.fit(features, y, batch_size=64, epochs=epochs, verbose=verbose)
+    inputs = keras.Input(teacher.inputs[0].shape[1:])
+    return keras.Model(inputs, head(base(inputs, training=False)), name="student")

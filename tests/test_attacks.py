@@ -1,0 +1,247 @@
+"""The mimicry attack: what it does to a model, and what it never does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import Images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.metrics import structural_similarity
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import MimicryAttack, dssim, plan_attacks
+from keras_tl_defense.datasets import synthetic
+from keras_tl_defense.teachers import build_teacher, make_student
+
+
+def reference_dssim(a: np.ndarray, b: np.ndarray) -> float:
+    window = min(11, *a.shape[:2])
+    similarity = structural_similarity(
+        a.astype(float),
+        b.astype(float),
+        data_range=255,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        win_size=window,
+        truncate=5 / 1.5,
+    )
+    return (1 - similarity) / 2
+
+
+@given(st.integers(0, 1000), st.sampled_from([(32, 32), (20, 47), (11, 11)]))
+@settings(max_examples=15, deadline=None)
+def test_dssim_is_that_of_scikit_image(seed: int, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, 256, (*size, 3))
+    b = np.clip(a + rng.normal(0, rng.uniform(0, 80), a.shape), 0, 255).astype(int)
+    got = dssim(tf.constant(a[None], tf.float32), tf.constant(b[None], tf.float32))
+    assert float(got[0]) == pytest.approx(reference_dssim(a, b), abs=1e-5)
+
+
+def test_dssim_of_small_images_takes_the_window_that_fits() -> None:
+    a = np.random.default_rng(0).integers(0, 256, (1, 7, 9, 3))
+    assert float(dssim(tf.constant(a, tf.float32), tf.constant(a, tf.float32))[0]) == 0
+    assert 0 < float(dssim(tf.constant(a, tf.float32), tf.constant(255.0 - a, tf.float32))[0]) <= 1
+
+
+class Trained:
+    """A Teacher of drawn shapes, a Student of drawn signs, and images to attack."""
+
+    def __init__(self) -> None:
+        keras.utils.set_random_seed(0)
+        shapes = synthetic.load_shapes(train_per_class=40, test_per_class=1, size=24)
+        self.teacher = build_teacher((24, 24, 3), shapes.classes, widths=(12, 24))
+        self.teacher.compile(
+            optimizer=keras.optimizers.Adam(1e-3),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        x = shapes.x_train.astype(np.float32)
+        self.teacher.fit(x, shapes.y_train, epochs=6, batch_size=64, verbose=0)
+        signs = synthetic.load_signs(train_per_class=40, test_per_class=15, size=24)
+        self.student = make_student(
+            self.teacher, "fc1", signs.x_train, signs.y_train, signs.classes, verbose=0
+        )
+        self.x, self.y = signs.x_test, signs.y_test
+        answered = self.classes(self.x)
+        assert (answered == self.y).mean() > 0.3
+        self.plan = plan_attacks(self.y, answered, 24, seed=0)
+
+    def classes(self, x: np.ndarray) -> np.ndarray:
+        return self.student.predict(x.astype(np.float32), verbose=0).argmax(axis=1)
+
+    def attack(self, **options: Any) -> Any:
+        """Targeted attacks on the planned images."""
+        plan = self.plan
+        return MimicryAttack(self.teacher, "fc1", **{"steps": 200, **options})(
+            self.x[plan.sources],
+            self.x[plan.targets],
+            self.y[plan.sources],
+            self.y[plan.targets],
+            verbose=0,
+        )
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return Trained()
+
+
+def test_success_rises_with_the_budget_until_nothing_resists(trained: Trained) -> None:
+    misled, reached, distance = [], [], []
+    for budget in (1e-4, 0.01, 1.0):
+        result = trained.attack(budget=budget, steps=1000)
+        answered = trained.classes(result.adversarial)
+        assert result.within_budget.all()
+        misled.append((answered != result.y_source).mean())
+        reached.append(result.reached(answered).mean())
+        distance.append(result.distance.mean())
+    assert misled[0] < misled[2]
+    assert misled[2] >= 0.95
+    assert reached[0] < reached[1] < reached[2]
+    assert distance[0] > distance[1] > distance[2]
+
+
+def test_the_answer_is_whole_pixels_within_budget_and_honestly_measured(trained: Trained) -> None:
+    result = trained.attack(budget=0.005)
+    assert result.adversarial.dtype == np.uint8
+    probe = keras.Model(trained.teacher.inputs[0], trained.teacher.get_layer("fc1").output)
+    features = [
+        probe.predict(images.astype(np.float32), verbose=0)
+        for images in (result.adversarial, result.target)
+    ]
+    np.testing.assert_allclose(
+        result.distance, np.linalg.norm(features[0] - features[1], axis=1), rtol=1e-3
+    )
+    for source, crafted, value in zip(result.source, result.adversarial, result.dssim, strict=True):
+        assert value == pytest.approx(reference_dssim(source, crafted), abs=1e-5)
+        assert value <= 0.005
+    assert (result.adversarial != result.source).any(axis=(1, 2, 3)).all()
+
+
+def test_more_steps_and_any_batch_size_do_no_harm(trained: Trained) -> None:
+    short, long = trained.attack(steps=20), trained.attack(steps=200)
+    assert long.distance.mean() < short.distance.mean()
+    small = trained.attack(steps=20, batch_size=7)
+    np.testing.assert_allclose(small.distance.mean(), short.distance.mean(), rtol=0.02)
+
+
+def test_untargeted_takes_the_nearest_candidate(trained: Trained) -> None:
+    plan = trained.plan
+    attack = MimicryAttack(trained.teacher, "fc1", steps=150)
+    candidates = trained.x[plan.candidates]
+    result = attack.untargeted(
+        trained.x[plan.sources], candidates, trained.y[plan.sources], verbose=0
+    )
+    assert result.y_target is None
+    assert not result.targeted
+    for target, choice in zip(result.target, candidates, strict=True):
+        assert (choice == target).all(axis=(1, 2, 3)).any()
+    targeted = trained.attack(steps=150)
+    assert result.distance.mean() < targeted.distance.mean()
+    success = result.reached(trained.classes(result.adversarial)).mean()
+    assert success >= targeted.reached(trained.classes(targeted.adversarial)).mean()
+
+
+def test_any_layer_of_sequential_and_nested_teachers(student: Any, images: Images) -> None:
+    """The Student itself serves as a Teacher, its layers nested in it."""
+    base = student.get_layer("base")
+    flat = keras.Sequential([keras.Input(base.inputs[0].shape[1:]), *base.layers[1:]])
+    source, target = images.x_test[:4], images.x_test[30:34]
+    results = []
+    for teacher in (student, base, flat):
+        for layer in ("conv1", "relu2", "fc1"):
+            result = MimicryAttack(teacher, layer, steps=20, budget=0.2)(source, target, verbose=0)
+            before = MimicryAttack(teacher, layer, steps=1, budget=1e-9)(source, target, verbose=0)
+            assert (result.distance < before.distance).all()
+            results.append(result.distance)
+    np.testing.assert_allclose(results[0], results[3], rtol=1e-3)
+    np.testing.assert_allclose(results[0], results[6], rtol=1e-3)
+
+
+def test_preprocessing_is_the_teachers_own(student: Any, images: Images) -> None:
+    inputs = keras.Input(images.x_test.shape[1:])
+    scaled = keras.Model(inputs, student.get_layer("base")(keras.layers.Rescaling(255.0)(inputs)))
+    source, target = images.x_test[:3], images.x_test[30:33]
+    plain = MimicryAttack(student, "fc1", steps=20)(source, target, verbose=0)
+    given = MimicryAttack(scaled, "fc1", steps=20, preprocessing=lambda x: x / 255)
+    np.testing.assert_allclose(given(source, target, verbose=0).distance, plain.distance, rtol=1e-2)
+
+
+def test_a_source_equal_to_its_target_is_no_trouble(student: Any, images: Images) -> None:
+    x = images.x_test[:2]
+    result = MimicryAttack(student, "fc1", steps=20)(x, x, verbose=0)
+    assert np.isfinite(result.distance).all()
+    assert (result.distance < 1e-3).all()
+
+
+def test_a_result_counts_what_missed_its_budget_as_a_failure(trained: Trained) -> None:
+    result = trained.attack(steps=10)
+    broken = type(result)(**{**vars(result), "within_budget": np.zeros(24, bool)})
+    assert not broken.reached(broken.y_target).any()
+    assert result.reached(result.y_target).all()
+    assert not result.reached(result.y_source).any()
+
+
+def test_plan_attacks() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 8, 200)
+    answered = np.where(rng.random(200) < 0.7, y, (y + 1) % 8)
+    plan = plan_attacks(y, answered, 50, seed=3)
+    assert len(set(plan.sources)) == 50
+    assert (answered[plan.sources] == y[plan.sources]).all()
+    assert (answered[plan.candidates] == y[plan.candidates]).all()
+    for source, targets in zip(plan.sources, plan.candidates, strict=True):
+        assert len({y[source], *y[targets]}) == 6
+    np.testing.assert_array_equal(plan.targets, plan.candidates[:, 0])
+    np.testing.assert_array_equal(plan.sources, plan_attacks(y, answered, 50, seed=3).sources)
+    assert len(plan_attacks(y, answered, 999).sources) == (answered == y).sum()
+    with pytest.raises(ValueError, match="at least two classes"):
+        plan_attacks(y, np.full(200, 3), 5)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("budget", 0),
+            ("budget", 1.1),
+            ("budget", float("nan")),
+            ("steps", 0),
+            ("steps", 1.5),
+            ("batch_size", 0),
+            ("learning_rate", 0),
+            ("penalty", float("inf")),
+        ],
+    )
+    def test_options(self, student: Any, option: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"`{option}`.*Received: {option}="):
+            MimicryAttack(student, "fc1", **{option: value})
+
+    def test_layers_and_images(self, student: Any, images: Images) -> None:
+        with pytest.raises(ValueError, match=r"The teacher has no layer called 'block5_pool'"):
+            MimicryAttack(student, "block5_pool")
+        attack = MimicryAttack(student, "fc1", steps=1)
+        x = images.x_test[:3]
+        with pytest.raises(ValueError, match=r"shape \(n, 12, 12, 3\).*Received: x_target.shape"):
+            attack(x, x[:, :8, :8])
+        with pytest.raises(ValueError, match="as many in `x_target` as in `x_source`"):
+            attack(x, x[:2])
+        with pytest.raises(ValueError, match=r"in 0..255.*Received: x_source from"):
+            attack(x / 255, x)
+        with pytest.raises(ValueError, match=r"NaN or infinity.*Received: x_target\[0\]"):
+            attack(x, np.full(x.shape, np.nan))
+        with pytest.raises(ValueError, match=r"one label for each.*Received: y_source.shape"):
+            attack(x, x, np.zeros(2, int), np.zeros(3, int))
+        with pytest.raises(ValueError, match=r"shape \(n, m, H, W, C\)"):
+            attack.untargeted(x, x)
+
+    def test_a_loss_that_is_no_number_stops_the_attack(self, student: Any, images: Images) -> None:
+        attack = MimicryAttack(student, "fc1", steps=30, preprocessing=lambda x: x * float("inf"))
+        with pytest.raises(FloatingPointError, match=r"within step 10 of 30.*'fc1'"):
+            attack(images.x_test[:2], images.x_test[2:4], verbose=0)

@@ -1,0 +1,375 @@
+"""`DifferentiatorEnsemble` against the published algorithm, written out in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, KEY, SIZE, Images, build_student, draw_images, fitted, train
+
+import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
+from keras_tl_defense.pruning.masks import pruned_count
+
+
+def weights_of(defence: Any) -> dict[str, np.ndarray]:
+    bank = defence.get_layer("differentiators")
+    names = (w.name.split(":")[0].split("/")[-1] for w in bank.weights)
+    return {name: np.array(w) for name, w in zip(names, bank.weights, strict=True)}
+
+
+class PlainDefence:
+    """Algorithm 1 with every differentiator a network from which units were really taken out."""
+
+    def __init__(self, defence: Any, images: Images, ratios: dict[str, float]) -> None:
+        self.base = defence.student.get_layer("base")
+        self.heads = weights_of(defence)
+        self.pairs = [(i, j) for i in range(CLASSES) for j in range(i + 1, CLASSES)]
+        self.ratios = ratios
+        self.means = {
+            name: self.class_means(read_at, images)
+            for name, read_at in {"conv1": "conv1", "conv2": "relu2", "fc1": "flatten"}.items()
+        }
+
+    def class_means(self, layer: str, images: Images) -> np.ndarray:
+        probe = keras.Model(self.base.inputs[0], self.base.get_layer(layer).output)
+        out = np.abs(probe(images.x_train.astype(np.float32), training=False).numpy())
+        out = out.reshape(len(out), -1, out.shape[-1]).mean(axis=1)
+        return np.stack([out[images.y_train == c].mean(axis=0) for c in range(CLASSES)])
+
+    def kept(self, layer: str, scores: np.ndarray) -> np.ndarray:
+        order = sorted(range(scores.size), key=lambda unit: (scores.flat[unit], unit))
+        mask = np.ones(scores.size, bool)
+        mask[order[: int(self.ratios.get(layer, 0) * scores.size)]] = False
+        return mask.reshape(scores.shape)
+
+    def features(self, pair: tuple[int, int], x: np.ndarray) -> np.ndarray:
+        weights = {layer.name: layer.get_weights() for layer in self.base.layers}
+        score = {name: np.maximum(*means[list(pair)]) for name, means in self.means.items()}
+        keep1, keep2 = self.kept("conv1", score["conv1"]), self.kept("conv2", score["conv2"])
+        kernel, bias = weights["fc1"]
+        connections = self.kept("fc1", np.abs(kernel) * score["fc1"][:, None])
+        layers = keras.layers
+        network = keras.Sequential(
+            [
+                keras.Input((SIZE, SIZE, 3)),
+                layers.Rescaling(1 / 127.5, offset=-1),
+                layers.Conv2D(int(keep1.sum()), 3, padding="same", activation="relu"),
+                layers.MaxPooling2D(),
+                layers.Conv2D(int(keep2.sum()), 3, use_bias=False),
+                layers.BatchNormalization(),
+                layers.ReLU(),
+                layers.Flatten(),
+                layers.Dense(20, activation="relu"),
+            ]
+        )
+        convolution1, convolution2, norm, dense = (network.layers[index] for index in (1, 3, 4, 7))
+        convolution1.set_weights([weights["conv1"][0][..., keep1], weights["conv1"][1][keep1]])
+        convolution2.set_weights([weights["conv2"][0][:, :, keep1][..., keep2]])
+        norm.set_weights([w[keep2] for w in weights["norm2"]])
+        positions = len(kernel) // len(keep2)
+        dense.set_weights([(kernel * connections)[np.tile(keep2, positions)], bias])
+        return network(x.astype(np.float32), training=False).numpy()
+
+    def answer(
+        self, x: np.ndarray, student_class: np.ndarray, members: np.ndarray, threshold: int
+    ) -> dict[str, np.ndarray]:
+        answers, disagreements, scores = [], [], []
+        features = {p: self.features(self.pairs[p], x) for p in np.unique(members)}
+        for index, (own, drawn) in enumerate(zip(student_class, members, strict=True)):
+            margins = []
+            for member in drawn:
+                first, second = self.pairs[member]
+                assert own in (first, second)
+                logit = (
+                    features[member][index] @ self.heads["kernel"][member]
+                    + self.heads["bias"][member]
+                )
+                margins.append(logit if own == first else -logit)
+            against = sum(margin < 0 for margin in margins)
+            answers.append(0 if against >= threshold else own + 1)
+            disagreements.append(against)
+            scores.append(np.mean(margins))
+        return {
+            "answer": np.array(answers),
+            "disagreements": np.array(disagreements),
+            "score": np.array(scores),
+        }
+
+
+def mixed(images: Images) -> np.ndarray:
+    """Images of every class, and some of none, so that answers of both kinds come out."""
+    noise = np.random.default_rng(5).integers(0, 256, (30, SIZE, SIZE, 3)).astype(np.uint8)
+    blend = (images.x_test[::-1] // 2 + images.x_test // 2).astype(np.uint8)
+    return np.concatenate([images.x_test, noise, blend])
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("defence", {"conv1": 0.5, "conv2": 0.5}),
+        ("dense_defence", dict.fromkeys(("conv1", "conv2", "fc1"), 0.6)),
+    ],
+)
+def test_algorithm_1(
+    name: str, ratios: dict[str, float], images: Images, request: pytest.FixtureRequest
+) -> None:
+    defence = request.getfixturevalue(name)
+    x = mixed(images)
+    details = defence.explain(x, verbose=0)
+    plain = PlainDefence(defence, images, ratios)
+    logits = defence.student(x.astype(np.float32), training=False).numpy()
+    np.testing.assert_array_equal(details["student_class"], logits.argmax(axis=1))
+    assert all(len(set(row)) == 3 for row in details["members"])
+    expected = plain.answer(
+        x, details["student_class"], details["members"], defence.reject_threshold
+    )
+    np.testing.assert_allclose(details["score"], expected["score"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(details["disagreements"], expected["disagreements"])
+    np.testing.assert_array_equal(details["answer"], expected["answer"])
+    np.testing.assert_array_equal(details["accepted"], expected["answer"] > 0)
+    np.testing.assert_array_equal(defence.predict(x, verbose=0), expected["answer"])
+    assert 0.1 < details["accepted"].mean() < 0.9
+
+
+def test_it_answers_honest_images_and_rejects_noise(defence: Any, images: Images) -> None:
+    rates = defence.evaluate(images.x_test, images.y_test, verbose=0)
+    assert rates["student_accuracy"].rate > 0.9
+    assert rates["retention"].rate > 0.8
+    answer = defence.predict(images.x_test, verbose=0)
+    assert rates["clean_acceptance"].count == (answer > 0).sum()
+    assert rates["clean_accuracy"].count == (answer == images.y_test + 1).sum()
+    noise = np.random.default_rng(5).integers(0, 256, (60, SIZE, SIZE, 3))
+    assert (defence.predict(noise, verbose=0) > 0).mean() < rates["clean_acceptance"].rate
+
+
+def test_answers_do_not_depend_on_batch_order_or_container(defence: Any, images: Images) -> None:
+    x = mixed(images)
+    answer = defence.predict(x, verbose=0)
+    for batch_size in (1, 7, 500):
+        np.testing.assert_array_equal(defence.predict(x, batch_size, verbose=0), answer)
+    order = np.random.default_rng(0).permutation(len(x))
+    np.testing.assert_array_equal(defence.predict(x[order], verbose=0), answer[order])
+    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x), np.int64))).batch(9)
+    for data in (x.astype(np.float64), tf.constant(x), dataset, dataset.map(lambda a, b: a)):
+        np.testing.assert_array_equal(defence.predict(data, verbose=0), answer)
+
+
+def test_a_dataset_trains_like_arrays(student: Any, images: Images, defence: Any) -> None:
+    dataset = tf.data.Dataset.from_tensor_slices((images.x_train, images.y_train)).batch(16)
+    other = ktd.DifferentiatorEnsemble(student, {"conv*": 0.5}, ensemble_size=3, seed=0, key=KEY)
+    other.adapt(dataset, verbose=0)
+    other.compile()
+    history = other.fit(dataset, verbose=0)
+    assert len(history.history["loss"]) == 5
+    np.testing.assert_allclose(
+        other.explain(images.x_test, verbose=0)["score"],
+        defence.explain(images.x_test, verbose=0)["score"],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    rates = other.evaluate(dataset.shuffle(20), verbose=0)
+    assert rates["student_accuracy"].rate > 0.9
+
+
+def test_logits_and_softmax_sequential_and_two_classes(images: Images) -> None:
+    keras.utils.set_random_seed(1)
+    chosen = images.y_train < 2
+    two = Images(images.x_train[chosen], images.y_train[chosen], *images[2:])
+    student = train(build_student(classes=2, softmax=True), two)
+    defence = fitted(student, two, {"conv1": 0.5})
+    assert defence.ensemble_size == 1
+    assert len(defence.pairs) == 1
+    assert set(defence.predict(images.x_test, verbose=0)) <= {0, 1, 2}
+    base = student.get_layer("base")
+    flat = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *base.layers[1:], keras.layers.Dense(2)])
+    assert fitted(flat, two, {"conv1": 0.5}).cut == "fc1"
+
+
+def test_sparsity_is_exact_for_every_differentiator(dense_defence: Any, student: Any) -> None:
+    base = student.get_layer("base")
+    sizes = {"conv1": 8, "conv2": 10, "fc1": int(np.prod(base.get_layer("fc1").kernel.shape))}
+    table = dense_defence.sparsity().set_index("layer")
+    for name, size in sizes.items():
+        assert table.loc[name, "units"] == size
+        assert table.loc[name, "kept"] == size - pruned_count(0.6, size)
+    masks = weights_of(dense_defence)["filter_masks"]
+    assert (masks[:, :8].sum(axis=1) == table.loc["conv1", "kept"]).all()
+    assert (masks[:, 8:].sum(axis=1) == table.loc["conv2", "kept"]).all()
+    assert (masks != masks[0]).any()
+
+
+def test_pruning_by_activation_decides_and_not_by_size(images: Images, student: Any) -> None:
+    """A filter with large weights that never fires goes; a small one that fires stays."""
+    copy = keras.models.clone_model(student)
+    copy.set_weights(student.get_weights())
+    for layer in copy.get_layer("base").layers:
+        layer.trainable = False
+    conv1 = copy.get_layer("base").get_layer("conv1")
+    kernel, bias = conv1.get_weights()
+    kernel[..., 0], bias[0] = 10 * np.abs(kernel[..., 0]), -1e4
+    conv1.set_weights([kernel, bias])
+    defence = ktd.DifferentiatorEnsemble(copy, {"conv1": 0.125})
+    defence.adapt(images.x_train, images.y_train, verbose=0)
+    masks = weights_of(defence)["filter_masks"]
+    assert not masks[:, 0].any()
+    assert masks[:, 1:].all()
+
+
+def test_preprocessing_is_part_of_the_defence(images: Images, defence: Any) -> None:
+    """A Student that takes 0..1 answers like one that takes 0..255, given the scaling."""
+    inner = keras.Input((SIZE, SIZE, 3))
+    outer = keras.Model(inner, defence.student(keras.layers.Rescaling(255.0)(inner)))
+    scaled = fitted(
+        outer,
+        images,
+        {"conv*": 0.5},
+        ensemble_size=3,
+        preprocessing=keras.layers.Rescaling(1 / 255),
+    )
+    x = mixed(images)
+    np.testing.assert_allclose(
+        scaled.explain(x, verbose=0)["score"],
+        defence.explain(x, verbose=0)["score"],
+        rtol=1e-2,
+        atol=1e-3,
+    )
+
+
+def test_the_same_seed_gives_the_same_heads_and_another_key(student: Any, images: Images) -> None:
+    scores, members = [], []
+    for _ in range(2):
+        defence = ktd.DifferentiatorEnsemble(student, {"conv*": 0.5}, seed=4)
+        defence.adapt(images.x_train, images.y_train, verbose=0)
+        defence.compile()
+        defence.fit(images.x_train, images.y_train, images_per_class=7, epochs=2, verbose=0)
+        scores.append(weights_of(defence)["kernel"])
+        members.append(defence.explain(images.x_test, verbose=0)["members"])
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5, atol=1e-7)
+    assert (members[0] != members[1]).any()
+
+
+def test_the_student_is_left_as_it_was(images: Images) -> None:
+    keras.utils.set_random_seed(2)
+    student = train(build_student(), images, epochs=1)
+    weights = [w.copy() for w in student.get_weights()]
+    flags = [layer.trainable for layer in student.layers]
+    fitted(student, images, 0.5)
+    assert [layer.trainable for layer in student.layers] == flags
+    for before, after in zip(weights, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+class TestBadInput:
+    def test_steps_in_the_wrong_order(self, student: Any, images: Images) -> None:
+        defence = ktd.DifferentiatorEnsemble(student, 0.5)
+        x, y = images.x_train, images.y_train
+        with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
+            defence.predict(x)
+        with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
+            defence.fit(x, y)
+        defence.adapt(x, y, verbose=0)
+        with pytest.raises(RuntimeError, match="no optimizer"):
+            defence.fit(x, y)
+        with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
+            defence.predict(x)
+        with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
+            defence.export("nowhere")
+        with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
+            defence.evaluate(x, y)
+
+    @pytest.mark.parametrize("size", [CLASSES, 0, -1])
+    def test_ensemble_size(self, student: Any, size: int) -> None:
+        with pytest.raises(ValueError, match=rf"in 1..5.*Received: ensemble_size={size}"):
+            ktd.DifferentiatorEnsemble(student, 0.5, ensemble_size=size)
+
+    @pytest.mark.parametrize("threshold", [0, 4])
+    def test_reject_threshold(self, student: Any, threshold: int) -> None:
+        with pytest.raises(ValueError, match=rf"in 1..3.*Received: reject_threshold={threshold}"):
+            ktd.DifferentiatorEnsemble(student, 0.5, ensemble_size=3, reject_threshold=threshold)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"ensemble_size": 2.0},
+            {"ensemble_size": True},
+            {"reject_threshold": "1"},
+            {"preprocessing": 3},
+        ],
+    )
+    def test_types(self, student: Any, options: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=f"`{next(iter(options))}` must be"):
+            ktd.DifferentiatorEnsemble(student, 0.5, **options)
+
+    def test_ratios_and_layers(self, student: Any) -> None:
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
+            ktd.DifferentiatorEnsemble(student, 1.0)
+        with pytest.raises(ValueError, match="matches no prunable layer before the cut"):
+            ktd.DifferentiatorEnsemble(student, {"head": 0.5})
+        with pytest.raises(ValueError, match="no layer called 'fc2'"):
+            ktd.DifferentiatorEnsemble(student, 0.5, cut="fc2")
+
+    def test_students_that_will_not_do(self) -> None:
+        inputs = keras.Input((SIZE, SIZE, 3))
+        single = keras.Model(inputs, build_student(classes=1)(inputs))
+        with pytest.raises(ValueError, match=r"K >= 2 .*`Dense\(2\)`"):
+            ktd.DifferentiatorEnsemble(single, 0.5)
+        free = keras.Input((None, None, 3))
+        conv = keras.layers.Conv2D(4, 3, name="conv")
+        conv.trainable = False
+        pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(conv(free)))
+        with pytest.raises(ValueError, match="size of the cut must be known"):
+            ktd.DifferentiatorEnsemble(keras.Model(free, keras.layers.Dense(3)(pooled)), 0.5)
+
+    def test_images_and_labels(self, defence: Any, images: Images) -> None:
+        x, y = images.x_train.astype(np.float32), images.y_train
+        broken = x.copy()
+        broken[33, 0, 0, 0] = np.nan
+        with pytest.raises(ValueError, match=r"NaN or infinity.*Received: x\[33\]"):
+            defence.predict(broken, verbose=0)
+        broken[33, 0, 0, 0] = np.inf
+        with pytest.raises(ValueError, match=r"NaN or infinity.*Received: x\[33\]"):
+            defence.adapt(broken, y, verbose=0)
+        with pytest.raises(ValueError, match=r"shape \(n, 12, 12, 3\).*Received: x.shape=\(2, 9"):
+            defence.predict(x[:2, :9, :9], verbose=0)
+        with pytest.raises(ValueError, match=r"Add the batch dimension: x\[None\]"):
+            defence.predict(x[0], verbose=0)
+        with pytest.raises(TypeError, match=r"must be numbers.*Received: x.dtype=<U"):
+            defence.predict(x.astype(str), verbose=0)
+        with pytest.raises(ValueError, match=r"At least one image"):
+            defence.predict(x[:0], verbose=0)
+        with pytest.raises(ValueError, match=r"in 0..5.*Received: y from 0 to 6"):
+            defence.adapt(x, np.where(y == 5, 6, y), verbose=0)
+        with pytest.raises(ValueError, match="Received: y from -1"):
+            defence.adapt(x, y - 1, verbose=0)
+        with pytest.raises(ValueError, match="one-hot"):
+            defence.adapt(x, np.eye(CLASSES)[y], verbose=0)
+        with pytest.raises(TypeError, match="must be integers"):
+            defence.adapt(x, y.astype(float), verbose=0)
+        with pytest.raises(ValueError, match="one label for each of the 120 images"):
+            defence.adapt(x, y[:-1], verbose=0)
+        with pytest.raises(ValueError, match="labels are missing"):
+            defence.adapt(x, verbose=0)
+        with pytest.raises(ValueError, match="Add images of class 3"):
+            defence.fit(x[y != 3], y[y != 3], verbose=0)
+        with pytest.raises(ValueError, match="`preprocessing`"):
+            defence.adapt(x / 255, y, verbose=0)
+
+    def test_datasets(self, defence: Any, images: Images) -> None:
+        dataset = tf.data.Dataset.from_tensor_slices((images.x_train, images.y_train))
+        with pytest.raises(ValueError, match=r"must be batched. Call `.batch"):
+            defence.adapt(dataset, verbose=0)
+        with pytest.raises(ValueError, match="has no labels"):
+            defence.adapt(dataset.batch(8).map(lambda x, y: x), verbose=0)
+        with pytest.raises(ValueError, match="Leave `y` out"):
+            defence.adapt(dataset.batch(8), images.y_train, verbose=0)
+
+    def test_a_failed_adapt_loses_nothing(self, student: Any) -> None:
+        images = Images(*draw_images(5, seed=0), *draw_images(2, seed=1))
+        defence = fitted(student, images, 0.5)
+        before = defence.predict(images.x_test, verbose=0)
+        with pytest.raises(ValueError, match="Add images of class 0"):
+            defence.adapt(images.x_train[5:], images.y_train[5:], verbose=0)
+        np.testing.assert_array_equal(defence.predict(images.x_test, verbose=0), before)

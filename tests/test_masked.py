@@ -1,0 +1,250 @@
+"""Masked execution against networks from which the channels were really taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.graph import ModelGraph
+from keras_tl_defense.pruning.blocks import find_blocks
+from keras_tl_defense.pruning.masks import connection_mask, connection_thresholds
+
+layers = keras.layers
+Keep = dict[str, np.ndarray]
+
+
+class Widths:
+    """Builds a network whose pruned layers have only the filters that are kept."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+
+    def __call__(self, name: str, filters: int) -> int:
+        return int(self.keep[name].sum()) if name in self.keep else filters
+
+
+def chain(width: Widths) -> Any:
+    """Convolution, batch normalisation, activation and dropout; offsets that could revive."""
+    inputs = keras.Input((10, 10, 3))
+    x = layers.Conv2D(width("a", 6), 3, name="a")(inputs)
+    x = layers.BatchNormalization(name="a_norm")(x)
+    x = layers.Activation("sigmoid", name="a_act")(x)
+    x = layers.Dropout(0.5, name="a_drop")(x)
+    x = layers.ZeroPadding2D(name="pad")(x)
+    x = layers.Conv2D(width("b", 8), 3, strides=2, activation="tanh", name="b")(x)
+    x = layers.AveragePooling2D(2, name="pool")(x)
+    x = layers.BatchNormalization(name="late_norm")(x)
+    x = layers.SeparableConv2D(width("c", 5), 3, padding="same", name="c")(x)
+    return keras.Model(inputs, layers.Flatten(name="flatten")(x))
+
+
+def depthwise(width: Widths) -> Any:
+    """MobileNet's block: the mask follows the channels through a depthwise convolution."""
+    inputs = keras.Input((10, 10, 3))
+    x = layers.Conv2D(width("a", 6), 3, use_bias=False, name="a")(inputs)
+    x = layers.BatchNormalization(name="a_norm")(x)
+    x = layers.ReLU(6.0, name="a_relu")(x)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="deep")(x)
+    x = layers.BatchNormalization(name="deep_norm")(x)
+    x = layers.ReLU(6.0, name="deep_relu")(x)
+    x = layers.Conv2D(width("b", 7), 1, name="b")(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling2D(name="pool")(x))
+
+
+def joined(width: Widths) -> Any:
+    """DenseNet's join: the mask follows the channels through a concatenation and what follows."""
+    inputs = keras.Input((10, 10, 3))
+    x = layers.Conv2D(width("a", 6), 3, padding="same", name="a")(inputs)
+    y = layers.Conv2D(width("b", 4), 3, padding="same", activation="relu", name="b")(x)
+    x = layers.Concatenate(name="join")([x, inputs, y])
+    x = layers.BatchNormalization(name="join_norm")(x)
+    x = layers.ReLU(name="join_relu")(x)
+    x = layers.Conv2D(width("c", 5), 3, name="c")(x)
+    return keras.Model(inputs, layers.GlobalMaxPooling2D(name="pool")(x))
+
+
+def signal(width: Widths) -> Any:
+    """A one-dimensional network, and a Dense layer on the pruned channels."""
+    inputs = keras.Input((30, 2))
+    x = layers.Conv1D(width("a", 6), 5, activation="relu", name="a")(inputs)
+    x = layers.MaxPooling1D(2, name="pool")(x)
+    x = layers.Conv1D(width("b", 8), 3, activation="elu", name="b")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(9, activation="relu", name="fc")(x))
+
+
+# What stays of each weight of each layer, given what is kept of the pruned ones.
+Slices = Callable[[Keep], dict[str, list[Any]]]
+
+
+def norm(mask: np.ndarray) -> list[Any]:
+    return [np.ix_(mask)] * 4
+
+
+SLICES: dict[str, tuple[Callable[[Widths], Any], dict[str, int], Slices]] = {
+    "chain": (
+        chain,
+        {"a": 6, "b": 8, "c": 5},
+        lambda k: {
+            "a": [np.ix_([True] * 3, [True] * 3, [True] * 3, k["a"]), np.ix_(k["a"])],
+            "a_norm": norm(k["a"]),
+            "b": [np.ix_([True] * 3, [True] * 3, k["a"], k["b"]), np.ix_(k["b"])],
+            "late_norm": norm(k["b"]),
+            "c": [
+                np.ix_([True] * 3, [True] * 3, k["b"], [True]),
+                np.ix_([True], [True], k["b"], k["c"]),
+                np.ix_(k["c"]),
+            ],
+        },
+    ),
+    "depthwise": (
+        depthwise,
+        {"a": 6, "b": 7},
+        lambda k: {
+            "a": [np.ix_([True] * 3, [True] * 3, [True] * 3, k["a"])],
+            "a_norm": norm(k["a"]),
+            "deep": [
+                np.ix_([True] * 3, [True] * 3, k["a"], [True] * 2),
+                np.ix_(np.repeat(k["a"], 2)),
+            ],
+            "deep_norm": norm(np.repeat(k["a"], 2)),
+            "b": [np.ix_([True], [True], np.repeat(k["a"], 2), k["b"]), np.ix_(k["b"])],
+        },
+    ),
+    "joined": (
+        joined,
+        {"a": 6, "b": 4, "c": 5},
+        lambda k: {
+            "a": [np.ix_([True] * 3, [True] * 3, [True] * 3, k["a"]), np.ix_(k["a"])],
+            "b": [np.ix_([True] * 3, [True] * 3, k["a"], k["b"]), np.ix_(k["b"])],
+            "join_norm": norm(np.concatenate([k["a"], [True] * 3, k["b"]])),
+            "c": [
+                np.ix_(
+                    [True] * 3, [True] * 3, np.concatenate([k["a"], [True] * 3, k["b"]]), k["c"]
+                ),
+                np.ix_(k["c"]),
+            ],
+        },
+    ),
+    "signal": (
+        signal,
+        {"a": 6, "b": 8},
+        lambda k: {
+            "a": [np.ix_([True] * 5, [True] * 2, k["a"]), np.ix_(k["a"])],
+            "b": [np.ix_([True] * 3, k["a"], k["b"]), np.ix_(k["b"])],
+            "fc": [np.ix_(np.tile(k["b"], 11), [True] * 9), np.ix_([True] * 9)],
+        },
+    ),
+}
+
+
+def randomise(model: Any, rng: np.random.Generator) -> None:
+    """Random weights everywhere, biases and moving statistics included."""
+    for layer in model.layers:
+        weights = [rng.normal(0, 0.4, w.shape) for w in layer.get_weights()]
+        if isinstance(layer, layers.BatchNormalization):
+            weights[3] = np.abs(weights[3]) + 0.2
+        layer.set_weights(weights)
+
+
+def kept_channels(features: np.ndarray, small: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The columns of masked features that the small network has, the others being 0."""
+    columns = np.tile(mask, features.shape[1] // len(mask))
+    assert not features[:, ~columns].any()
+    assert columns.sum() == small.shape[1]
+    return features[:, columns]
+
+
+@pytest.mark.parametrize("case", SLICES)
+def test_masked_equals_physically_removed(case: str) -> None:
+    build, filters, slices = SLICES[case]
+    rng = np.random.default_rng(0)
+    full = build(Widths({}))
+    randomise(full, rng)
+    graph = ModelGraph(full)
+    blocks = [b for b in find_blocks(graph) if b.kind == "filters"]
+    assert [b.name for b in blocks] == list(filters)
+    body = MaskedBody(graph, graph.output, blocks)
+    keeps = []
+    for _ in range(3):
+        keep = {name: rng.random(count) < 0.6 for name, count in filters.items()}
+        for mask in keep.values():
+            mask[0] = True
+        keeps.append(keep)
+    bank = np.stack([np.concatenate([keep[name] for name in filters]) for keep in keeps])
+    x = rng.normal(0, 1, (4, *graph.input_shape)).astype(np.float32)
+    rows = np.array([[0, 1], [2, 3], [1, 1]])
+    members = np.array([2, 0, 1])
+    features = body(
+        graph.run(tf.constant(x), [graph.output]),
+        tf.constant(rows),
+        tf.constant(members),
+        tf.constant(bank),
+        lambda name, member: tf.zeros(0),
+    ).numpy()
+    for group, member in enumerate(members):
+        keep = keeps[member]
+        small = build(Widths(keep))
+        for layer in small.layers:
+            if layer.name in slices(keep):
+                weights = full.get_layer(layer.name).get_weights()
+                kept = slices(keep)[layer.name]
+                layer.set_weights([w[i] for w, i in zip(weights, kept, strict=True)])
+        expected = small(x[rows[group]], training=False).numpy()
+        got = features[2 * group : 2 * group + 2]
+        if expected.shape != got.shape:
+            got = kept_channels(got, expected, keep[list(filters)[-1]])
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_dense_connections_equal_a_pruned_kernel() -> None:
+    rng = np.random.default_rng(0)
+    inputs = keras.Input((7,))
+    x = layers.Dense(5, activation="relu", name="fc1")(inputs)
+    model = keras.Model(inputs, layers.Dense(4, name="fc2")(x))
+    randomise(model, rng)
+    graph = ModelGraph(model)
+    body = MaskedBody(graph, graph.output, find_blocks(graph))
+    kernels = {name: model.get_layer(name).get_weights()[0] for name in ("fc1", "fc2")}
+    masks = {}
+    for name, kernel in kernels.items():
+        scores = rng.uniform(0, 1, (3, len(kernel))).astype(np.float32)
+        thresholds, ties = connection_thresholds(kernel, scores, 0.7)
+        masks[name] = np.stack(
+            [connection_mask(kernel, *row) for row in zip(scores, thresholds, ties, strict=True)]
+        )
+    x = rng.normal(0, 1, (4, 7)).astype(np.float32)
+    features = body(
+        graph.run(tf.constant(x), [graph.output]),
+        tf.constant([[0, 1, 2], [3, 2, 1]]),
+        tf.constant([1, 2]),
+        tf.zeros((3, 0), tf.bool),
+        lambda name, member: tf.gather(tf.constant(masks[name]), member),
+    ).numpy()
+    (_, b1), (_, b2) = (model.get_layer(name).get_weights() for name in ("fc1", "fc2"))
+    for group, (images, member) in enumerate([((0, 1, 2), 1), ((3, 2, 1), 2)]):
+        hidden = np.maximum(x[list(images)] @ (kernels["fc1"] * masks["fc1"][member]) + b1, 0)
+        expected = hidden @ (kernels["fc2"] * masks["fc2"][member]) + b2
+        np.testing.assert_allclose(
+            features[3 * group : 3 * group + 3], expected, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_what_cannot_be_masked_is_refused_by_name() -> None:
+    inputs = keras.Input((8, 8, 3))
+    conv = layers.Conv2D(4, 3, padding="same", name="conv")
+    x = conv(inputs)
+    normalised = layers.LayerNormalization(name="layer_norm")(x)
+    graph = ModelGraph(keras.Model(inputs, normalised))
+    with pytest.raises(ValueError, match=r"'layer_norm' \(LayerNormalization\) mixes"):
+        MaskedBody(graph, graph.output, find_blocks(graph))
+    shared = layers.Conv2D(3, 1, name="shared")
+    graph = ModelGraph(keras.Model(inputs, shared(shared(inputs))))
+    with pytest.raises(ValueError, match="'shared' is used 2 times"):
+        find_blocks(graph)
