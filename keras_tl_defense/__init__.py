@@ -1,6 +1,6 @@
 """Defend Keras classifiers made by transfer learning against inputs crafted on their Teacher."""
 
-from keras_tl_defense import attacks, datasets
+from keras_tl_defense import attacks, datasets, teachers
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
 from keras_tl_defense.evaluation import DefenceReport, evaluate_defence
@@ -14,4 +14,5 @@ __all__ = [
     "attacks",
     "datasets",
     "evaluate_defence",
+    "teachers",
 ]

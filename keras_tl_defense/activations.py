@@ -39,7 +39,7 @@ class ClassActivations:
         >>> activations = ClassActivations(model)
         >>> activations.adapt(x_train, y_train)
         >>> activations["conv1_1"].shape
-        (43, 48)
+        (16, 24)
 
     Reference:
         Wu et al., "Defeating Misclassification Attacks Against Transfer Learning", IEEE TDSC 2022.

@@ -29,12 +29,17 @@ def build_teacher(
     for block, width in enumerate(widths, start=1):
         for part in (1, 2):
             x = layers.Conv2D(
-                width, 3, padding="same", activation="relu", name=f"conv{block}_{part}"
+                width,
+                3,
+                padding="same",
+                activation="relu",
+                kernel_initializer="he_normal",
+                name=f"conv{block}_{part}",
             )(x)
         x = layers.MaxPooling2D(name=f"pool{block}")(x)
     x = layers.Flatten(name="flatten")(x)
     x = layers.Dropout(0.3, name="dropout")(x)
-    x = layers.Dense(128, activation="relu", name="fc1")(x)
+    x = layers.Dense(128, activation="relu", kernel_initializer="he_normal", name="fc1")(x)
     return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="teacher")
 
 

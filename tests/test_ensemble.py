@@ -312,6 +312,12 @@ class TestBadInput:
             ktd.DifferentiatorEnsemble(student, 0.5, cut="fc2")
 
     def test_students_that_will_not_do(self) -> None:
+        class Subclassed(keras.Model):  # type: ignore[misc]
+            def call(self, x: tf.Tensor) -> tf.Tensor:
+                return x
+
+        with pytest.raises(ValueError, match=r"Functional or Sequential.*student=Subclassed"):
+            ktd.DifferentiatorEnsemble(Subclassed(), 0.5)
         inputs = keras.Input((SIZE, SIZE, 3))
         single = keras.Model(inputs, build_student(classes=1)(inputs))
         with pytest.raises(ValueError, match=r"K >= 2 .*`Dense\(2\)`"):

@@ -53,7 +53,7 @@ class AttackResult:
             return self.within_budget & (student_class == self.y_target)
         if self.y_source is None:
             raise ValueError(
-                "Whether a non-targeted attack succeeds depends on the classes of its sources. Pass "
-                "`y_source` to the attack. Received: y_source=None"
+                "Whether a non-targeted attack succeeds depends on the classes of its sources. "
+                "Pass `y_source` to the attack. Received: y_source=None"
             )
         return self.within_budget & (student_class != self.y_source)

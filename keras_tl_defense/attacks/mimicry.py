@@ -44,10 +44,10 @@ class MimicryAttack:
         ValueError: An argument is out of range, or the Teacher has no such layer.
 
     Example:
-        >>> attack = MimicryAttack(teacher, layer="block5_pool", budget=0.01)
+        >>> attack = MimicryAttack(teacher, layer="flatten", budget=0.01, steps=600)
         >>> result = attack(x_source, x_target, y_source, y_target)
-        >>> result.adversarial.shape, result.within_budget.mean()
-        ((60, 224, 224, 3), 1.0)
+        >>> result.adversarial.shape, bool(result.within_budget.all())
+        ((4, 32, 32, 3), True)
 
     Reference:
         Wang et al., "With Great Training Comes Great Vulnerability: Practical Attacks against

@@ -13,6 +13,14 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras, register
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.data import Batches
+from keras_tl_defense.ensemble.arguments import (
+    check_ensemble_size,
+    check_preprocessing,
+    check_threshold,
+    class_count,
+    key_words,
+    serialize_preprocessing,
+)
 from keras_tl_defense.ensemble.bank import DifferentiatorBank
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
 from keras_tl_defense.ensemble.training import sample_classes, train_heads
@@ -72,9 +80,10 @@ class DifferentiatorEnsemble(keras.Model):
         >>> defence = DifferentiatorEnsemble(student, {"conv1*": 0.85}, seed=0)
         >>> defence.adapt(x_train, y_train)
         >>> defence.compile(optimizer="adam")
-        >>> defence.fit(x_train, y_train, epochs=5)
-        >>> defence.predict(x_test)
-        array([3, 0, 7], dtype=int32)
+        >>> history = defence.fit(x_train, y_train, epochs=5)
+        >>> answers = defence.predict(x_test)  # 0 is "rejected", 1..K the Student's classes
+        >>> bool(((answers >= 0) & (answers <= defence.classes)).all())
+        True
 
     Reference:
         Wu et al., "Defeating Misclassification Attacks Against Transfer Learning", IEEE TDSC 2022.
@@ -97,12 +106,12 @@ class DifferentiatorEnsemble(keras.Model):
         super().__init__(**kwargs)
         self.student = student
         self._graph = graph
-        self.classes = _class_count(graph)
+        self.classes = class_count(graph)
         tensor = graph.find_cut() if cut is None else graph.layer_output(cut)
         self.cut = graph.steps[graph.producer[tensor]].name
-        self.preprocessing = _check_preprocessing(preprocessing)
-        self.ensemble_size = _check_ensemble_size(ensemble_size, self.classes)
-        self.reject_threshold = _check_threshold(reject_threshold, self.ensemble_size)
+        self.preprocessing = check_preprocessing(preprocessing)
+        self.ensemble_size = check_ensemble_size(ensemble_size, self.classes)
+        self.reject_threshold = check_threshold(reject_threshold, self.ensemble_size)
         self.seed = seed
         layers = [block.name for block in find_blocks(graph, before=tensor)]
         self.layer_ratios = resolve_ratios(ratios, layers)
@@ -113,7 +122,7 @@ class DifferentiatorEnsemble(keras.Model):
         self._key = self.add_weight(
             name="key", shape=(2,), dtype="int64", initializer="zeros", trainable=False
         )
-        self._key.assign(new_key() if key is None else _check_key(key))
+        self._key.assign(new_key() if key is None else key_words(key))
         self._stage = self.add_weight(
             name="stage", shape=(), dtype="int32", initializer="zeros", trainable=False
         )
@@ -378,7 +387,7 @@ class DifferentiatorEnsemble(keras.Model):
             "ensemble_size": self.ensemble_size,
             "reject_threshold": self.reject_threshold,
             "cut": self.cut,
-            "preprocessing": _serialize_preprocessing(self.preprocessing),
+            "preprocessing": serialize_preprocessing(self.preprocessing),
             "seed": self.seed,
         }
 
@@ -442,79 +451,3 @@ class DifferentiatorEnsemble(keras.Model):
                 "The differentiators are not trained since the last `adapt`. Call "
                 '`compile(optimizer="adam")`, then `fit(x_train, y_train)`.'
             )
-
-
-def _class_count(graph: ModelGraph) -> int:
-    shape = graph.shapes[graph.output]
-    if len(shape) != 2 or shape[1] is None or shape[1] < 2:
-        raise ValueError(
-            "The student must return one row of K >= 2 logits or probabilities for each image. A "
-            "single sigmoid output can be retrained as `Dense(2)`. "
-            f"Received: output shape {shape}"
-        )
-    return shape[1]
-
-
-def _check_ensemble_size(ensemble_size: int | None, classes: int) -> int:
-    if ensemble_size is None:
-        return min(5, classes - 1)
-    if isinstance(ensemble_size, bool) or not isinstance(ensemble_size, int):
-        raise TypeError(
-            f"`ensemble_size` must be an integer. Received: ensemble_size={ensemble_size!r}"
-        )
-    if not 1 <= ensemble_size < classes:
-        raise ValueError(
-            f"`ensemble_size` must be in 1..{classes - 1}, because only K-1 = {classes - 1} "
-            f"differentiators know a class. Received: ensemble_size={ensemble_size}"
-        )
-    return ensemble_size
-
-
-def _check_threshold(reject_threshold: int, ensemble_size: int) -> int:
-    if isinstance(reject_threshold, bool) or not isinstance(reject_threshold, int):
-        raise TypeError(
-            "`reject_threshold` must be an integer. "
-            f"Received: reject_threshold={reject_threshold!r}"
-        )
-    if not 1 <= reject_threshold <= ensemble_size:
-        raise ValueError(
-            f"`reject_threshold` must be in 1..{ensemble_size}, the number of differentiators that "
-            f"check an input. Received: reject_threshold={reject_threshold}"
-        )
-    return reject_threshold
-
-
-def _check_preprocessing(preprocessing: Any) -> Any:
-    if preprocessing is not None and not callable(preprocessing):
-        raise TypeError(
-            "`preprocessing` must be a callable such as `keras.layers.Rescaling(1 / 255)`. "
-            f"Received: preprocessing={preprocessing!r}"
-        )
-    return preprocessing
-
-
-def _serialize_preprocessing(preprocessing: Any) -> Any:
-    if preprocessing is None:
-        return None
-    if isinstance(preprocessing, keras.layers.Layer) or _is_registered(preprocessing):
-        return keras.utils.serialize_keras_object(preprocessing)
-    raise ValueError(
-        "A plain function cannot be saved with the model, because loading a file must not run code "
-        "from it. Pass a Keras layer such as `keras.layers.Rescaling(1 / 255)`, or decorate the "
-        "function with `@keras.utils.register_keras_serializable()`. "
-        f"Received: preprocessing={preprocessing!r}"
-    )
-
-
-def _is_registered(function: Any) -> bool:
-    name = keras.utils.get_registered_name(function) if hasattr(function, "__name__") else None
-    return name is not None and keras.utils.get_registered_object(name) is not None
-
-
-def _check_key(key: bytes) -> np.ndarray:
-    if not isinstance(key, bytes) or len(key) != 16:
-        raise ValueError(
-            f"`key` must be 16 bytes. Received: {type(key).__name__} of length "
-            f"{len(key) if hasattr(key, '__len__') else 'unknown'}"
-        )
-    return np.frombuffer(key, np.int64).copy()

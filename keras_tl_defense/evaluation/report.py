@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from keras_tl_defense.attacks import AttackResult
-from keras_tl_defense.data import check_images
 from keras_tl_defense.metrics import Rate
 
 _COLUMNS = ["inputs", "metric", *(field.name for field in fields(Rate))]
@@ -97,7 +96,8 @@ def evaluate_defence(
 
     Example:
         >>> report = evaluate_defence(defence, x_test, y_test, attacks={"mimicry": result})
-        >>> report.table.query("metric == 'defended_success'")
+        >>> report.table["inputs"].unique().tolist()
+        ['clean', 'mimicry']
     """
     rows: list[tuple[object, ...]] = []
     clean = defence.evaluate(x_test, y_test, batch_size=batch_size, verbose=verbose)
@@ -106,7 +106,13 @@ def evaluate_defence(
     for name, result in (attacks or {}).items():
         if name == "clean":
             raise ValueError('An attack cannot be called "clean". Received: attacks["clean"]')
-        check_images(result.adversarial, shape, f"attacks[{name!r}].adversarial")
+        if result.adversarial.shape[1:] != shape:
+            raise ValueError(
+                "An attack's images do not fit the defended Student, so its Teacher takes another "
+                "input than the Student. Attack the Teacher that the Student's layers come from. "
+                f"Received: attacks[{name!r}] with images of shape {result.adversarial.shape[1:]}, "
+                f"a Student that takes {shape}"
+            )
         details = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
         reached = result.reached(details["student_class"])
         accepted = details["accepted"]

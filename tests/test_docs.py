@@ -1,0 +1,95 @@
+"""The examples of README and docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_tl_defense as ktd
+from keras_tl_defense import activations, metrics
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import mimicry
+from keras_tl_defense.ensemble import model
+from keras_tl_defense.evaluation import report
+from keras_tl_defense.pruning import masks, ratios
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """What the examples take for granted: a Teacher, a Student, and images."""
+    signs = ktd.datasets.synthetic.load_signs(train_per_class=12, test_per_class=4)
+    teacher = ktd.teachers.build_teacher((32, 32, 3), 28)
+    student = ktd.teachers.make_student(
+        teacher, "flatten", signs.x_train, signs.y_train, 16, epochs=2, verbose=0
+    )
+    x, y = signs.x_test, signs.y_test
+    return {
+        "ktd": ktd,
+        "keras": keras,
+        "np": np,
+        "teacher": teacher,
+        "student": student,
+        "model": student,
+        "x_train": signs.x_train,
+        "y_train": signs.y_train,
+        "x_test": x,
+        "y_test": y,
+        "x_source": x[:4],
+        "y_source": y[:4],
+        "x_target": x[20:24],
+        "y_target": y[20:24],
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = keras.utils.Progbar
+
+    def silent(target: Any, verbose: int = 1, **options: Any) -> Any:
+        return bar(target, verbose=0, **options)
+
+    monkeypatch.setattr(keras.utils, "Progbar", silent)
+
+
+@pytest.mark.parametrize("module", [masks, ratios, metrics, activations, model, mimicry])
+def test_docstrings(module: Any, names: dict[str, Any]) -> None:
+    result = doctest.testmod(module, globs={**vars(module), **names})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_docstring_of_the_report(names: dict[str, Any]) -> None:
+    defence = ktd.DifferentiatorEnsemble(names["student"], 0.5)
+    x, y = names["x_train"], names["y_train"]
+    defence.adapt(x, y)
+    defence.compile()
+    defence.fit(x, y)
+    attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
+    result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
+    globs = {**vars(report), **names, "defence": defence, "result": result}
+    assert doctest.testmod(report, globs=globs).failed == 0
+
+
+def test_readme(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its Python, one block after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "serving" / "defence" / "1" / "saved_model.pb").exists()
+    assert set(names["answers"]) <= set(range(17))
+    assert set(names["report"].table["inputs"]) == {"clean", "mimicry"}
+
+
+def test_readme_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (README.parent / target).exists(), target
