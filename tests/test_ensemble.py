@@ -369,6 +369,8 @@ class TestBadInput:
             defence.adapt(dataset, verbose=0)
         with pytest.raises(ValueError, match="has no labels"):
             defence.adapt(dataset.batch(8).map(lambda x, y: x), verbose=0)
+        with pytest.raises(ValueError, match="Received: an empty dataset"):
+            defence.predict(dataset.batch(8).take(0), verbose=0)
         with pytest.raises(ValueError, match="Leave `y` out"):
             defence.adapt(dataset.batch(8), images.y_train, verbose=0)
 

@@ -121,9 +121,7 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
     with pytest.raises(ValueError, match=r"Pass `y_source`"):
         ktd.evaluate_defence(defence, x, y, attacks={"a": nameless}, verbose=0)
     small = AttackResult(**{**vars(result), "adversarial": x[:, :8, :8]})
-    with pytest.raises(
-        ValueError, match=r"Teacher takes another input.*attacks\['a'\].*\(8, 8, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"another input than the Student.*attacks\['a'\]"):
         ktd.evaluate_defence(defence, x, y, attacks={"a": small}, verbose=0)
     with pytest.raises(ValueError, match='cannot be called "clean"'):
         ktd.evaluate_defence(defence, x, y, attacks={"clean": result}, verbose=0)

@@ -420,6 +420,8 @@ class DifferentiatorEnsemble(keras.Model):
             parts.append(self._answer_fn(images.astype(np.float32)))
             labels.append(label)
             bar.add(1)
+        if not parts:
+            raise ValueError("At least one image is needed. Received: an empty dataset")
         names = parts[0]
         details = {name: np.concatenate([part[name].numpy() for part in parts]) for name in names}
         return details, np.concatenate(labels)
