@@ -62,7 +62,7 @@ class MimicryAttack:
         budget: float = 0.01,
         steps: int = 2000,
         learning_rate: float = 1.0,
-        penalty: float = 1e8,
+        penalty: float = 1e7,
         batch_size: int = 64,
         preprocessing: Any = None,
     ) -> None:
@@ -141,8 +141,9 @@ class MimicryAttack:
     ) -> AttackResult:
         """Craft images that look like `x_source` and are taken for anything else.
 
-        50 steps towards each candidate choose the one whose features come nearest; all steps are
-        spent on that one.
+        50 steps towards each candidate choose the one whose features are imitated best: nearest,
+        in relation to their own length, because a dark or plain target is near to everything
+        without being taken for anything. All steps are spent on that one.
 
         Args:
             x_source: Images of shape `(n, H, W, C)` in 0..255.
@@ -167,8 +168,9 @@ class MimicryAttack:
         probe = min(_PROBE_STEPS, self.steps)
         bar = self._progress(n * m, probe, verbose)
         _, distance, _ = self._craft(np.repeat(source, m, axis=0), flat, probe, bar)
-        nearest = distance.reshape(n, m).argmin(axis=1)
-        target = candidates[np.arange(n), nearest]
+        relative = distance / np.maximum(self._feature_lengths(flat), 1e-12)
+        best = relative.reshape(n, m).argmin(axis=1)
+        target = candidates[np.arange(n), best]
         return self(source, target, y_source, verbose=verbose)
 
     def _check(self, images: Any, name: str) -> np.ndarray:
@@ -236,6 +238,11 @@ class MimicryAttack:
         images = self.preprocessing(images) if self.preprocessing else images
         features = self._graph.run(images, [self._tensor])[self._tensor]
         return tf.reshape(tf.cast(features, tf.float32), (tf.shape(features)[0], -1))
+
+    def _feature_lengths(self, images: np.ndarray) -> np.ndarray:
+        starts = range(0, len(images), self.batch_size)
+        parts = [tf.constant(images[s : s + self.batch_size], tf.float32) for s in starts]
+        return np.concatenate([np.linalg.norm(self._features(part), axis=1) for part in parts])
 
     def _run_steps(
         self,
