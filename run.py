@@ -19,11 +19,11 @@ USAGE = """usage: python3 run.py demo [OPTIONS]   attack and defend a Student (d
        python3 run.py test             check the code, run all tests in both Keras generations"""
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    """Run a command in the project's folder; when it fails, stop with its exit code."""
+def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> None:
+    """Run a command, in the project's folder by default; when it fails, stop with its exit code."""
     print("+", *command, *(f"[{k}={v}]" for k, v in environment.items()), flush=True)
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env={**os.environ, **environment}
+        [str(part) for part in command], cwd=folder, env={**os.environ, **environment}
     )
     if done.returncode:
         sys.exit(done.returncode)
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     if arguments[:1] == ["demo"]:
         set_up("")
-        run(PYTHON, "-m", "keras_tl_defense", *arguments)
+        run(PYTHON, "-m", "keras_tl_defense", *arguments, folder=Path.cwd())
     elif arguments == ["test"]:
         set_up("[dev]")
         test()

@@ -10,10 +10,9 @@ import tensorflow as tf
 keras: Any = tf.keras
 
 
-def _backend() -> str:
-    """Name of the backend that Keras runs on; the legacy Keras has only TensorFlow."""
+def _is_legacy() -> bool:
     try:
-        legacy = keras.Model.__module__.startswith("tf_keras")
+        return bool(keras.Model.__module__.startswith("tf_keras"))
     except ImportError as error:
         raise ImportError(
             "`tf.keras` cannot be imported. keras_tl_defense runs on Keras's TensorFlow backend: "
@@ -21,14 +20,16 @@ def _backend() -> str:
             "TF_USE_LEGACY_KERAS=1, `pip install tf_keras`. "
             f"Received: KERAS_BACKEND={os.environ.get('KERAS_BACKEND')}"
         ) from error
-    return "tensorflow" if legacy else str(keras.backend.backend())
 
 
-if _backend() != "tensorflow":
+LEGACY = _is_legacy()
+"""Whether `tf.keras` is the legacy `tf_keras` (`TF_USE_LEGACY_KERAS=1`) and not Keras 3."""
+
+if not LEGACY and keras.backend.backend() != "tensorflow":
     raise ImportError(
         "keras_tl_defense runs on Keras's TensorFlow backend only. Set the environment variable "
         "KERAS_BACKEND=tensorflow before Keras is imported. "
-        f"Received: backend={_backend()!r}"
+        f"Received: backend={keras.backend.backend()!r}"
     )
 
 register = keras.utils.register_keras_serializable(package="keras_tl_defense")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.data import Batches
+from keras_tl_defense.data import Batches, check_every_class
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.blocks import find_blocks
 
@@ -25,15 +25,16 @@ class ClassActivations:
     Args:
         model: A built Functional or Sequential Keras model whose last dimension of output is the
             number of classes.
+        layers: Names of the layers to look at. Defaults to every prunable one.
+        cut: Name of a layer; only what comes before it, and it, is looked at. Defaults to the last.
 
     Attributes:
-        layers: Names of the prunable layers.
+        layers: Names of the layers looked at.
         classes: Number of classes.
         counts: After `adapt`, int array of shape `(classes,)`: images seen of each class.
-        value_range: After `adapt`, the smallest and the largest value seen in an image.
 
     Raises:
-        ValueError: The model is subclassed, not built, or uses a prunable layer twice.
+        ValueError: The model is subclassed or not built, or a layer cannot be pruned.
 
     Example:
         >>> activations = ClassActivations(model)
@@ -45,40 +46,55 @@ class ClassActivations:
         Wu et al., "Defeating Misclassification Attacks Against Transfer Learning", IEEE TDSC 2022.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._graph = model if isinstance(model, ModelGraph) else ModelGraph(model)
-        self._blocks = find_blocks(self._graph)
+    def __init__(
+        self, model: Any, layers: Sequence[str] | None = None, *, cut: str | None = None
+    ) -> None:
+        self._graph = ModelGraph(model)
+        blocks = find_blocks(self._graph, None if cut is None else self._graph.layer_output(cut))
+        unknown = set(layers or ()) - {block.name for block in blocks}
+        if unknown:
+            raise ValueError(
+                f"No prunable layer is called {', '.join(sorted(map(repr, unknown)))}. Those are: "
+                f"{', '.join(block.name for block in blocks)}. Received: layers={layers!r}"
+            )
+        self._blocks = [b.checked() for b in blocks if layers is None or b.name in layers]
         self.layers = [block.name for block in self._blocks]
         self.classes = int(self._graph.shapes[self._graph.output][-1] or 0)
         self.counts = np.zeros(self.classes, np.int64)
-        self.value_range = (math.inf, -math.inf)
         self._means: dict[str, np.ndarray] = {}
 
     def adapt(
-        self,
-        x: Any,
-        y: Any = None,
-        *,
-        batch_size: int = 32,
-        verbose: int | str = "auto",
-        preprocessing: Any = None,
+        self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
     ) -> None:
         """Compute the class means, afresh.
 
         Args:
-            x: Images of shape `(n, H, W, C)` in 0..255 (or what the model takes), array, tensor or
-                a batched `tf.data.Dataset` of `(images, labels)`.
+            x: Images of shape `(n, H, W, C)`, as the model takes them: array, tensor, or batched
+                `tf.data.Dataset` of `(images, labels)`.
             y: Integer labels of shape `(n,)` in `0..K-1`.
             batch_size: Images per batch, for arrays.
             verbose: 0 shows no progress bar.
-            preprocessing: Callable applied to each batch of images before the model.
 
         Raises:
             ValueError: A class has no image, or the data does not fit the model.
         """
-        batches = Batches(
-            x, y, shape=self._graph.input_shape, classes=self.classes, batch_size=batch_size
-        )
+        shape = self._graph.input_shape
+        batches = Batches(x, y, shape=shape, classes=self.classes, batch_size=batch_size)
+        self.adapt_batches(batches, verbose=verbose)
+
+    def adapt_batches(
+        self, batches: Batches, *, preprocessing: Any = None, verbose: int | str = "auto"
+    ) -> None:
+        """Compute the class means, afresh, of images that were checked.
+
+        Args:
+            batches: Images with labels.
+            preprocessing: Callable from the images to what the model takes.
+            verbose: 0 shows no progress bar.
+
+        Raises:
+            ValueError: A class has no image.
+        """
         wanted = {block.tensor: block.units for block in self._blocks}
 
         @tf.function(input_signature=[tf.TensorSpec((None, *self._graph.input_shape), tf.float32)])
@@ -92,24 +108,15 @@ class ClassActivations:
 
         sums = {t: np.zeros((self.classes, units)) for t, units in wanted.items()}
         counts = np.zeros(self.classes, np.int64)
-        low, high = math.inf, -math.inf
         bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
         for images, labels in batches:
             means = unit_means(images.astype(np.float32))
             for tensor, mean in zip(wanted, means, strict=True):
                 np.add.at(sums[tensor], labels, mean.numpy())
-            low, high = min(low, float(images.min())), max(high, float(images.max()))
             counts += np.bincount(labels, minlength=self.classes)
             bar.add(1)
-        if not counts.all():
-            missing = np.flatnonzero(counts == 0)
-            raise ValueError(
-                "Every class needs at least one image, because a differentiator is pruned by its "
-                f"classes' activations. Add images of class {', '.join(map(str, missing))}. "
-                f"Received: no image of {len(missing)} of {self.classes} classes"
-            )
+        check_every_class(counts)
         self.counts = counts
-        self.value_range = (low, high)
         self._means = {
             block.name: (sums[block.tensor] / counts[:, None]).astype(np.float32)
             for block in self._blocks
@@ -122,7 +129,7 @@ class ClassActivations:
             KeyError: There is no such prunable layer.
             RuntimeError: `adapt` was not called.
         """
-        if not self._means:
+        if not self.counts.any():
             raise RuntimeError(
                 "There are no activations yet. Call `adapt(x_train, y_train)` first."
             )

@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tl_defense._validation import check_integer
+
+LOWEST_PIXEL, HIGHEST_PIXEL = -1.0, 256.0  # resizing may overshoot 0..255 a little
+
 
 class Batches:
     """Checked batches of images and labels, to be iterated any number of times.
@@ -24,6 +28,7 @@ class Batches:
         shape: Shape of one image; `None` where any size will do.
         classes: Number of classes; `None` when labels are not needed.
         batch_size: Images per batch for arrays. A dataset keeps its own batches.
+        pixels: Whether the images must be in 0..255.
 
     Raises:
         TypeError: Images are not numbers, or labels are not integers.
@@ -39,15 +44,21 @@ class Batches:
         shape: tuple[int | None, ...],
         classes: int | None = None,
         batch_size: int = 32,
+        pixels: bool = False,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size}")
+        self._batch_size = check_integer("batch_size", batch_size, 1)
         self.shape = shape
         self.classes = classes
+        self._pixels = pixels
         self._dataset = x if isinstance(x, tf.data.Dataset) else None
         if self._dataset is not None:
             _check_dataset(self._dataset, y, classes, shape)
             size = int(self._dataset.cardinality())
+            if size == tf.data.INFINITE_CARDINALITY:
+                raise ValueError(
+                    "The dataset never ends. Leave `.repeat()` out, or add `.take(batches)`. "
+                    "Received: a dataset of infinite cardinality"
+                )
             self.count: int | None = size if size >= 0 else None
             return
         self._x = check_images(x, shape)
@@ -59,26 +70,29 @@ class Batches:
                     "`tf.data.Dataset` of (images, labels). Received: y=None"
                 )
             self._y = check_labels(y, classes, len(self._x))
-        self._batch_size = batch_size
-        self.count = -(-len(self._x) // batch_size)
+        self.count = -(-len(self._x) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield `(images, labels)`: images as they came; labels int64, empty when not needed."""
         if self._dataset is None:
             for start in range(0, len(self._x), self._batch_size):
                 part = slice(start, start + self._batch_size)
-                images = check_finite(self._x[part], offset=start)
+                images = self._checked(self._x[part], start)
                 yield images, self._y[part]
             return
         seen = 0
         for element in self._dataset.as_numpy_iterator():
             images, labels = element[:2] if isinstance(element, tuple) else (element, None)
-            images = check_finite(check_images(images, self.shape), offset=seen)
+            images = self._checked(check_images(images, self.shape), seen)
             seen += len(images)
             if self.classes is None:
                 yield images, np.zeros(0, np.int64)
             else:
                 yield images, check_labels(labels, self.classes, len(images))
+
+    def _checked(self, images: np.ndarray, offset: int) -> np.ndarray:
+        images = check_finite(images, offset)
+        return check_pixels(images) if self._pixels else images
 
 
 def check_images(x: Any, shape: tuple[int | None, ...], name: str = "x") -> np.ndarray:
@@ -95,7 +109,8 @@ def check_images(x: Any, shape: tuple[int | None, ...], name: str = "x") -> np.n
     x = np.asarray(x)
     if x.dtype.kind not in "iuf" and x.dtype.name != "bfloat16":
         raise TypeError(
-            f"Images must be numbers (integers or floats). Received: {name}.dtype={x.dtype}"
+            "Images must be numbers (integers or floats). Decode or convert them first. "
+            f"Received: {name}.dtype={x.dtype}"
         )
     expected = tuple("any" if size is None else size for size in shape)
     fits = x.ndim == len(shape) + 1 and all(
@@ -134,6 +149,44 @@ def check_finite(x: np.ndarray, offset: int = 0, name: str = "x") -> np.ndarray:
     return x
 
 
+def check_pixels(x: np.ndarray, name: str = "x") -> np.ndarray:
+    """Return `x` if it looks like images in 0..255.
+
+    A grey level more on either side is let pass, as resizing may overshoot. Fractions of which none
+    is above 1 are taken for images that were scaled.
+
+    Raises:
+        ValueError: Values are outside 0..255, or scaled.
+    """
+    low, high = float(x.min()), float(x.max())
+    scaled = 0 < high <= 1 and bool((x != np.rint(x)).any())
+    if low < LOWEST_PIXEL or high > HIGHEST_PIXEL or scaled:
+        raise ValueError(
+            "Images must be in 0..255. Pass them unscaled, and give the scaling to what the model "
+            "takes as `preprocessing`, such as `keras.layers.Rescaling(1 / 255)`. "
+            f"Received: {name} from {low:g} to {high:g}"
+        )
+    return x
+
+
+def check_every_class(counts: np.ndarray) -> None:
+    """Check that there are images of every class.
+
+    Args:
+        counts: Int array of shape `(classes,)`: images of each class.
+
+    Raises:
+        ValueError: A class has none; the message names it.
+    """
+    missing = np.flatnonzero(counts == 0)
+    if len(missing):
+        raise ValueError(
+            "Every class needs at least one image, because a differentiator is pruned and trained "
+            f"by its classes' images. Add images of class {', '.join(map(str, missing))}. "
+            f"Received: no image of {len(missing)} of {len(counts)} classes"
+        )
+
+
 def check_labels(y: Any, classes: int | None, count: int, name: str = "y") -> np.ndarray:
     """Labels as an int64 array of shape `(count,)` in `0..classes-1`.
 
@@ -158,7 +211,8 @@ def check_labels(y: Any, classes: int | None, count: int, name: str = "y") -> np
         )
     if y.dtype.kind not in "iu":
         raise TypeError(
-            f"Labels must be integers, class numbers from 0. Received: {name}.dtype={y.dtype}"
+            "Labels must be integers, class numbers from 0. Convert them with "
+            f"`y.astype(int)`. Received: {name}.dtype={y.dtype}"
         )
     low, high = int(y.min()), int(y.max())
     if low < 0 or (classes is not None and high >= classes):

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks import AttackResult, MimicryAttack, plan_attacks
 from keras_tl_defense.datasets import ImageDataset, faces, gtsrb, synthetic
 from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
 from keras_tl_defense.evaluation import DefenceReport, evaluate_defence, plot_attacks
-from keras_tl_defense.teachers import build_teacher, make_student
+from keras_tl_defense.teachers import build_teacher, load_teacher, make_student
 
 DATA = ("synthetic", "gtsrb", "lfw")
 RATIOS = {"synthetic": {"conv1*": 0.95}, "gtsrb": {"conv1*": 0.85}, "lfw": {"conv1*": 0.85}}
@@ -72,8 +73,7 @@ class Demo:
             raise FileNotFoundError(
                 f"There is no Teacher at the path given. Received: --teacher {self.teacher}"
             )
-        if self.attacks < 1:
-            raise ValueError(f"`--attacks` must be at least 1. Received: --attacks {self.attacks}")
+        check_integer("attacks", self.attacks, 1)
 
     def run(self) -> DefenceReport:
         """Run every step, print what comes out and write the files.
@@ -84,10 +84,10 @@ class Demo:
         """
         out = writable_folder(self.out)
         keras.utils.set_random_seed(self.seed)
-        with self._timed("data"):
-            dataset, teacher_data = self._load()
         with self._timed("Teacher"):
-            teacher = self._make_teacher(dataset, teacher_data)
+            teacher = self._make_teacher()
+        with self._timed("data"):
+            dataset = self._load(teacher)
         x_train, y_train = dataset.x_train, dataset.y_train
         with self._timed("Student"):
             student = make_student(teacher, self.cut, x_train, y_train, dataset.classes)
@@ -115,19 +115,22 @@ class Demo:
         yield
         self.seconds[step] = time.perf_counter() - start
 
-    def _load(self) -> tuple[ImageDataset, ImageDataset | None]:
+    def _load(self, teacher: Any) -> ImageDataset:
         if self.data == "synthetic":
-            signs = synthetic.load_signs(train_per_class=100, test_per_class=40, seed=self.seed)
-            shapes = synthetic.load_shapes(train_per_class=150, seed=self.seed)
-            return signs, shapes
+            return synthetic.load_signs(train_per_class=100, test_per_class=40, seed=self.seed)
         assert self.data_root is not None
-        assert self.teacher is not None
-        size = int(keras.models.load_model(self.teacher, compile=False).inputs[0].shape[1])
-        return (gtsrb if self.data == "gtsrb" else faces).load(self.data_root, size=size), None
+        height, width, channels = teacher.inputs[0].shape[1:]
+        if height is None or height != width or channels != 3:
+            raise ValueError(
+                "The Teacher must take square RGB images of a fixed size, to which the data are "
+                f"resized. Received: --teacher {self.teacher} of input {(height, width, channels)}"
+            )
+        return (gtsrb if self.data == "gtsrb" else faces).load(self.data_root, size=height)
 
-    def _make_teacher(self, dataset: ImageDataset, shapes: ImageDataset | None) -> Any:
-        if shapes is None:
-            return keras.models.load_model(self.teacher, compile=False)
+    def _make_teacher(self) -> Any:
+        if self.teacher is not None:
+            return load_teacher(self.teacher)
+        shapes = synthetic.load_shapes(train_per_class=150, seed=self.seed)
         teacher = build_teacher(shapes.image_shape, shapes.classes)
         teacher.compile(
             optimizer=keras.optimizers.Adam(1e-3),
@@ -167,7 +170,7 @@ class Demo:
         (out / "report.md").write_text(text, encoding="utf-8")
         report.plot().savefig(out / "rates.png", dpi=120)
         result = attacks["targeted mimicry"]
-        details = defence.explain(result.adversarial, verbose=0)
+        details = report.details["targeted mimicry"]
         reached = result.reached(details["student_class"])
         shown = np.argsort(~reached, kind="stable")[:_SHOWN]
         figure = plot_attacks(

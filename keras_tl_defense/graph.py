@@ -11,12 +11,12 @@ import difflib
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import LEGACY, keras
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class ModelGraph:
     """The layer calls of a Functional or Sequential model, nested models unrolled.
 
     Tensors are numbered; `input` and `output` are the numbers of the model's own. A step is named
-    after its layer, or `model/layer` where two nested models use the same layer name.
+    after its layer, or `model/layer` where two nested models use the same layer name, or `layer@1`,
+    `layer@2` where a layer is called more than once.
 
     Args:
         model: A built Functional or Sequential Keras model with one input and one output. Models
@@ -72,13 +73,10 @@ class ModelGraph:
         self.input = self._new_tensor(model.inputs[0].shape)
         self.input_shape: tuple[int | None, ...] = self.shapes[self.input][1:]
         self.input_dtype = tf.as_dtype(model.inputs[0].dtype)
+        self._nested: dict[str, int] = {}
         raw: list[tuple[str, Step]] = []
         (self.output,) = self._unroll(model, [self.input], "", model.trainable, raw)
-        names = Counter(step.name for _, step in raw)
-        self.steps = [
-            step if names[step.name] == 1 else Step(**{**vars(step), "name": path + step.name})
-            for path, step in raw
-        ]
+        self.steps = _named(raw)
         needed = set(self.ancestors(self.output))
         self.steps = [step for index, step in enumerate(self.steps) if index in needed]
         self.producer = {t: i for i, step in enumerate(self.steps) for t in step.outputs}
@@ -105,7 +103,9 @@ class ModelGraph:
             refs = [leaf.tensor for leaf in tf.nest.flatten((args, kwargs)) if _is_ref(leaf)]
             learns = trainable and getattr(layer, "trainable", False)
             if _is_unrollable(layer):
-                return self._unroll(layer, refs, f"{path}{layer.name}/", learns, raw)
+                inner = self._unroll(layer, refs, f"{path}{layer.name}/", learns, raw)
+                self._nested[layer.name] = inner[0]
+                return inner
             produced = [self._new_tensor(t.shape) for t in tf.nest.flatten(outputs)]
             kwargs = {k: v for k, v in kwargs.items() if k != "training"}
             if _takes_training(layer):
@@ -147,17 +147,12 @@ class ModelGraph:
         """The step of the layer called `name`.
 
         Raises:
-            ValueError: There is no such layer, or the model uses it more than once.
+            ValueError: There is no such layer.
         """
-        found = [step for step in self.steps if step.name == name]
-        if len(found) == 1:
-            return found[0]
+        for step in self.steps:
+            if step.name == name:
+                return step
         names = [step.name for step in self.steps]
-        if found:
-            raise ValueError(
-                f"The {self.role} uses the layer {name!r} {len(found)} times, so its name does not "
-                f"say which output is meant. Received: layer={name!r}"
-            )
         close = difflib.get_close_matches(name, names, n=3)
         hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(
@@ -166,7 +161,13 @@ class ModelGraph:
         )
 
     def layer_output(self, name: str) -> int:
-        """Number of the tensor that the layer called `name` returns."""
+        """Number of the tensor that the layer, or nested model, called `name` returns.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        if name in self._nested and all(step.name != name for step in self.steps):
+            return self._nested[name]
         return self.step(name).outputs[0]
 
     def run(self, inputs: tf.Tensor, wanted: Sequence[int]) -> dict[int, tf.Tensor]:
@@ -202,7 +203,9 @@ class ModelGraph:
                 break
             weighted = weighted or bool(getattr(step.layer, "weights", ()))
             live.update(step.outputs)
-            live = {t for t in live if t == self.output or max(self.consumers[t]) > index}
+            live = {
+                t for t in live if t == self.output or max(self.consumers[t], default=-1) > index
+            }
             if weighted and len(live) == 1:
                 (cut,) = live
         else:
@@ -220,6 +223,22 @@ class ModelGraph:
                 f"{len(self.steps)} layers"
             )
         return cut
+
+
+def _named(raw: list[tuple[str, Step]]) -> list[Step]:
+    """The steps, each with a name of its own: `layer`, `model/layer`, or `layer@call`."""
+    steps = [step for _, step in raw]
+    names = Counter(step.name for step in steps)
+    for index, (path, step) in enumerate(raw):
+        if names[step.name] > 1:
+            steps[index] = replace(step, name=path + step.name)
+    names = Counter(step.name for step in steps)
+    calls: Counter[str] = Counter()
+    for index, step in enumerate(steps):
+        if names[step.name] > 1:
+            calls[step.name] += 1
+            steps[index] = replace(step, name=f"{step.name}@{calls[step.name]}")
+    return steps
 
 
 def _is_ref(leaf: Any) -> bool:
@@ -242,7 +261,7 @@ def _is_unrollable(layer: Any) -> bool:
 def _check_unrollable(model: Any, role: str) -> None:
     received = f"Received: {role}={type(model).__name__}"
     if not isinstance(model, keras.Model):
-        kind = "the legacy tf_keras" if keras.Model.__module__.startswith("tf_keras") else "Keras 3"
+        kind = "the legacy tf_keras" if LEGACY else "Keras 3"
         raise ValueError(
             f"The {role} must be a Keras model of the Keras in use, which is {kind}. {received} "
             f"from {type(model).__module__}"

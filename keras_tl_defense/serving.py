@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +27,45 @@ def export_saved_model(model: Any, path: str | Path, signature: tf.TensorSpec) -
         The folder that was written.
 
     Raises:
-        FileExistsError: The folder exists and is not empty.
+        ValueError: The version exists already.
         OSError: The folder cannot be written.
     """
-    folder = _version_folder(Path(path))
+    final = Path(path)
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+        if final.name.isdigit() and any(final.iterdir()):
+            raise ValueError(
+                "A SavedModel is never overwritten, because a server may be reading it. Give a new "
+                f"version number, or the folder above it. Received: path={str(path)!r}"
+            )
+        parent = final.parent if final.name.isdigit() else final
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as unfinished:
+            _write(model, Path(unfinished) / "model", signature)
+            return _publish(Path(unfinished) / "model", final)
+    except OSError as error:
+        raise OSError(
+            f"The folder cannot be written ({error.strerror or error}). Choose one that you may "
+            f"write to. Received: path={str(path)!r}"
+        ) from error
+
+
+def _write(model: Any, folder: Path, signature: tf.TensorSpec) -> None:
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serving_default", model.serve, input_signature=[signature])
     with contextlib.redirect_stdout(io.StringIO()):
         archive.write_out(str(folder))
-    return folder
 
 
-def _version_folder(path: Path) -> Path:
-    """Make the folder to write to, so that nobody else takes the same version."""
-    try:
-        if path.name.isdigit():
-            if path.is_dir() and any(path.iterdir()):
-                raise FileExistsError(
-                    "A SavedModel is never overwritten, because a server may be reading it. Give "
-                    f"a new version number, or the folder above it. Received: path={str(path)!r}"
-                )
-            path.mkdir(parents=True, exist_ok=True)
-            return path
-        path.mkdir(parents=True, exist_ok=True)
+def _publish(finished: Path, path: Path) -> Path:
+    """Move a finished SavedModel to its version, so that no server sees half of one."""
+    if path.name.isdigit():
+        return finished.rename(path)
+    while True:
         taken = [int(entry.name) for entry in path.iterdir() if entry.name.isdigit()]
-        folder = path / str(max(taken, default=0) + 1)
-        folder.mkdir()
-        return folder
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OSError(
-            f"The folder cannot be written ({error.strerror}). Choose one that you may write to. "
-            f"Received: path={str(path)!r}"
-        ) from error
+        version = path / str(max(taken, default=0) + 1)
+        try:
+            return finished.rename(version)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise

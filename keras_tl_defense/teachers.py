@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import LEGACY, keras
 
 
 def build_teacher(
@@ -41,6 +43,28 @@ def build_teacher(
     x = layers.Dropout(0.3, name="dropout")(x)
     x = layers.Dense(128, activation="relu", kernel_initializer="he_normal", name="fc1")(x)
     return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="teacher")
+
+
+def load_teacher(path: str | Path) -> Any:
+    """A Teacher from a file, without running code that the file brings.
+
+    Args:
+        path: A Keras file, `.keras` or `.h5`.
+
+    Returns:
+        The Keras model, not compiled.
+
+    Raises:
+        ValueError: The file holds a `Lambda` layer, which would run code of its own.
+    """
+    if LEGACY and h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            if '"Lambda"' in str(file.attrs.get("model_config", "")):
+                raise ValueError(
+                    "The Teacher has a `Lambda` layer, which would run code from the file. Load it "
+                    f"yourself if you trust it. Received: path={str(path)!r}"
+                )
+    return keras.models.load_model(path, compile=False)
 
 
 def make_student(

@@ -162,7 +162,7 @@ def test_any_layer_of_sequential_and_nested_teachers(student: Any, images: Image
     for teacher in (student, base, flat):
         for layer in ("conv1", "relu2", "fc1"):
             result = MimicryAttack(teacher, layer, steps=20, budget=0.2)(source, target, verbose=0)
-            before = MimicryAttack(teacher, layer, steps=1, budget=1e-9)(source, target, verbose=0)
+            before = MimicryAttack(teacher, layer, steps=1, budget=0.2)(source, target, verbose=0)
             assert (result.distance < before.distance).all()
             results.append(result.distance)
     np.testing.assert_allclose(results[0], results[3], rtol=1e-3)
@@ -183,6 +183,28 @@ def test_a_source_equal_to_its_target_is_no_trouble(student: Any, images: Images
     result = MimicryAttack(student, "fc1", steps=20)(x, x, verbose=0)
     assert np.isfinite(result.distance).all()
     assert (result.distance < 1e-3).all()
+
+
+def test_what_never_gets_within_budget_is_reported_and_not_replaced(trained: Trained) -> None:
+    result = trained.attack(budget=1e-6, penalty=1.0, steps=30)
+    assert not result.within_budget.any()
+    assert (result.adversarial != result.source).any(axis=(1, 2, 3)).all()
+    assert (result.dssim > 1e-6).all()
+    assert np.isfinite(result.distance).all()
+    assert not result.reached(result.y_target).any()
+
+
+def test_a_teacher_of_any_size() -> None:
+    inputs = keras.Input((None, None, 3))
+    conv = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    teacher = keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(conv))
+    attack = MimicryAttack(teacher, "pool", steps=12, budget=0.3)
+    rng = np.random.default_rng(0)
+    for size in (16, 9, 16):
+        source, target = rng.integers(0, 256, (2, 2, size, size, 3))
+        result = attack(source, target, verbose=0)
+        assert result.adversarial.shape == (2, size, size, 3)
+        assert result.within_budget.all()
 
 
 def test_a_result_counts_what_missed_its_budget_as_a_failure(trained: Trained) -> None:
@@ -206,6 +228,8 @@ def test_plan_attacks() -> None:
     np.testing.assert_array_equal(plan.targets, plan.candidates[:, 0])
     np.testing.assert_array_equal(plan.sources, plan_attacks(y, answered, 50, seed=3).sources)
     assert len(plan_attacks(y, answered, 999).sources) == (answered == y).sum()
+    with pytest.raises(ValueError, match="`count` must be an integer of at least 1"):
+        plan_attacks(y, answered, 0)
     with pytest.raises(ValueError, match="at least two classes"):
         plan_attacks(y, np.full(200, 3), 5)
 
@@ -217,6 +241,7 @@ class TestBadInput:
             ("budget", 0),
             ("budget", 1.1),
             ("budget", float("nan")),
+            ("budget", None),
             ("steps", 0),
             ("steps", 1.5),
             ("batch_size", 0),
@@ -243,6 +268,10 @@ class TestBadInput:
             attack(x, np.full(x.shape, np.nan))
         with pytest.raises(ValueError, match=r"one label for each.*Received: y_source.shape"):
             attack(x, x, np.zeros(2, int), np.zeros(3, int))
+        with pytest.raises(ValueError, match=r"of another class.*y_source\[1\]=y_target\[1\]=4"):
+            attack(x, x, np.array([0, 4, 2]), np.array([1, 4, 3]))
+        with pytest.raises(TypeError, match="`preprocessing` must be a callable"):
+            MimicryAttack(student, "fc1", preprocessing=3)
         with pytest.raises(ValueError, match=r"shape \(n, m, H, W, C\)"):
             attack.untargeted(x, x)
 

@@ -205,7 +205,7 @@ class TestSynthetic:
     )
     def test_refuses(self, name: str, wrong: dict[str, Any]) -> None:
         ((argument, value),) = wrong.items()
-        message = f"`{argument}` is out of range. Expected .* Received: {argument}={value!r}"
+        message = f"`{argument}` must be an integer of at least .* Received: {argument}={value!r}"
         with pytest.raises(ValueError, match=message):
             LOADERS[name](**wrong)
 

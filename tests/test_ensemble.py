@@ -188,6 +188,71 @@ def test_logits_and_softmax_sequential_and_two_classes(images: Images) -> None:
     assert fitted(flat, two, {"conv1": 0.5}).cut == "fc1"
 
 
+def body_features(defence: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features at the cut, unmasked and under the masks of the first differentiator."""
+    bank = defence.get_layer("differentiators")
+    (cut,) = bank.needs
+    values = defence._graph.run(tf.constant(x, tf.float32), [cut])
+    rows = tf.range(len(x))[None, :]
+    masked = bank.body_features(values, rows, tf.constant([0])).numpy()
+    return values[cut].numpy().reshape(masked.shape), masked
+
+
+@pytest.mark.parametrize("frozen", [("conv",), ("conv", "norm")])
+def test_a_cut_within_a_block_prunes_what_is_before_it(
+    images: Images, frozen: tuple[str, ...]
+) -> None:
+    """A frozen convolution under a batch normalisation that was retrained, as scripts have it."""
+    layers = keras.layers
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = layers.Conv2D(8, 3, name="conv")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Flatten(name="flatten")(layers.ReLU(name="relu")(x))
+    student = keras.Model(inputs, layers.Dense(CLASSES, name="head")(x))
+    for name in frozen:
+        student.get_layer(name).trainable = False
+    defence = fitted(student, images, {"conv": 0.75})
+    assert defence.cut == {1: "conv", 2: "flatten"}[len(frozen)]
+    plain, masked = body_features(defence, images.x_test[:3])
+    gone = ~weights_of(defence)["filter_masks"][0]
+    assert gone.sum() == 6
+    columns = np.tile(gone, masked.shape[1] // 8)
+    assert not masked[:, columns].any()
+    assert plain[:, columns].any()
+    np.testing.assert_allclose(masked[:, ~columns], plain[:, ~columns], rtol=1e-5)
+
+
+def test_noise_below_a_grey_level_changes_nothing(defence: Any, images: Images) -> None:
+    x = mixed(images).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-0.49, 0.49, x.shape)
+    before, after = (defence.explain(a, verbose=0) for a in (x, x + noise))
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_a_student_of_half_precision(images: Images) -> None:
+    layers = keras.layers
+    inputs = keras.Input((SIZE, SIZE, 3))
+    half = {"dtype": keras.mixed_precision.Policy("mixed_bfloat16")}
+    x = layers.Conv2D(6, 3, activation="relu", name="conv", **half)(inputs)
+    x = layers.Dense(9, activation="relu", name="fc", **half)(layers.Flatten()(x))
+    student = keras.Model(inputs, layers.Dense(CLASSES, name="head")(x))
+    for name in ("conv", "fc"):
+        student.get_layer(name).trainable = False
+    answers = fitted(student, images, 0.5).predict(images.x_test, verbose=0)
+    assert set(answers) <= set(range(CLASSES + 1))
+
+
+def test_layers_after_the_cut_are_none_of_our_business(images: Images) -> None:
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = build_student(CLASSES)(inputs)
+    twice = keras.layers.Dense(CLASSES, name="twice")
+    student = keras.Model(inputs, twice(twice(x)))
+    defence = fitted(student, images, {"conv1": 0.5}, cut="base")
+    assert defence.cut == "fc1"
+
+
 def test_sparsity_is_exact_for_every_differentiator(dense_defence: Any, student: Any) -> None:
     base = student.get_layer("base")
     sizes = {"conv1": 8, "conv2": 10, "fc1": int(np.prod(base.get_layer("fc1").kernel.shape))}
@@ -280,28 +345,19 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
             defence.evaluate(x, y)
 
-    @pytest.mark.parametrize("size", [CLASSES, 0, -1])
-    def test_ensemble_size(self, student: Any, size: int) -> None:
-        with pytest.raises(ValueError, match=rf"in 1..5.*Received: ensemble_size={size}"):
+    @pytest.mark.parametrize("size", [CLASSES, 0, -1, 2.0, True, "3"])
+    def test_ensemble_size(self, student: Any, size: Any) -> None:
+        with pytest.raises(ValueError, match=rf"in 1..5.*Received: ensemble_size={size!r}"):
             ktd.DifferentiatorEnsemble(student, 0.5, ensemble_size=size)
 
-    @pytest.mark.parametrize("threshold", [0, 4])
-    def test_reject_threshold(self, student: Any, threshold: int) -> None:
-        with pytest.raises(ValueError, match=rf"in 1..3.*Received: reject_threshold={threshold}"):
+    @pytest.mark.parametrize("threshold", [0, 4, "1"])
+    def test_reject_threshold(self, student: Any, threshold: Any) -> None:
+        with pytest.raises(ValueError, match=rf"in 1..3.*Received: reject_threshold={threshold!r}"):
             ktd.DifferentiatorEnsemble(student, 0.5, ensemble_size=3, reject_threshold=threshold)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"ensemble_size": 2.0},
-            {"ensemble_size": True},
-            {"reject_threshold": "1"},
-            {"preprocessing": 3},
-        ],
-    )
-    def test_types(self, student: Any, options: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=f"`{next(iter(options))}` must be"):
-            ktd.DifferentiatorEnsemble(student, 0.5, **options)
+    def test_preprocessing(self, student: Any) -> None:
+        with pytest.raises(TypeError, match="`preprocessing` must be a callable"):
+            ktd.DifferentiatorEnsemble(student, 0.5, preprocessing=3)
 
     def test_ratios_and_layers(self, student: Any) -> None:
         with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
@@ -310,6 +366,8 @@ class TestBadInput:
             ktd.DifferentiatorEnsemble(student, {"head": 0.5})
         with pytest.raises(ValueError, match="no layer called 'fc2'"):
             ktd.DifferentiatorEnsemble(student, 0.5, cut="fc2")
+        with pytest.raises(ValueError, match="must come before the student's output"):
+            ktd.DifferentiatorEnsemble(student, 0.5, cut="head")
 
     def test_students_that_will_not_do(self) -> None:
         class Subclassed(keras.Model):  # type: ignore[misc]
@@ -362,11 +420,16 @@ class TestBadInput:
             defence.fit(x[y != 3], y[y != 3], verbose=0)
         with pytest.raises(ValueError, match="`preprocessing`"):
             defence.adapt(x / 255, y, verbose=0)
+        for outside in (x / 255, x - 300, x * 1e30):
+            with pytest.raises(ValueError, match=r"must be in 0..255.*Received: x from"):
+                defence.predict(outside, verbose=0)
 
     def test_datasets(self, defence: Any, images: Images) -> None:
         dataset = tf.data.Dataset.from_tensor_slices((images.x_train, images.y_train))
         with pytest.raises(ValueError, match=r"must be batched. Call `.batch"):
             defence.adapt(dataset, verbose=0)
+        with pytest.raises(ValueError, match="never ends"):
+            defence.predict(dataset.batch(8).repeat(), verbose=0)
         with pytest.raises(ValueError, match="has no labels"):
             defence.adapt(dataset.batch(8).map(lambda x, y: x), verbose=0)
         with pytest.raises(ValueError, match="Received: an empty dataset"):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from oracles import connection_mask
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.blocks import find_blocks
-from keras_tl_defense.pruning.masks import connection_mask, connection_thresholds
+from keras_tl_defense.pruning.masks import connection_thresholds
 
 layers = keras.layers
 Keep = dict[str, np.ndarray]
@@ -236,15 +237,86 @@ def test_masked_dense_connections_equal_a_pruned_kernel() -> None:
         )
 
 
-def test_what_cannot_be_masked_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LayerNormalization(name="x"),
+        layers.UnitNormalization(name="x"),
+        layers.Activation("softmax", name="x"),
+        layers.Permute((3, 1, 2), name="x"),
+        layers.Reshape((8 * 8 * 4,), name="x"),
+        layers.Lambda(lambda t: t + 1, name="x"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_is_not_known_to_keep_channels_apart_is_refused(layer: Any) -> None:
     inputs = keras.Input((8, 8, 3))
-    conv = layers.Conv2D(4, 3, padding="same", name="conv")
-    x = conv(inputs)
-    normalised = layers.LayerNormalization(name="layer_norm")(x)
-    graph = ModelGraph(keras.Model(inputs, normalised))
-    with pytest.raises(ValueError, match=r"'layer_norm' \(LayerNormalization\) mixes"):
+    x = layer(layers.MaxPooling2D(1)(layers.Conv2D(4, 3, padding="same", name="conv")(inputs)))
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    blocks = [block for block in find_blocks(graph) if block.kind == "filters"]
+    with pytest.raises(ValueError, match=r"The layer 'x' .* comes after a pruned convolution"):
+        MaskedBody(graph, graph.output, blocks)
+    MaskedBody(graph, graph.output, [])
+
+
+@pytest.mark.parametrize("operation", [lambda x: x * 2 + 1, keras.activations.relu])
+def test_a_bare_operation_on_a_pruned_channel_is_refused(operation: Any) -> None:
+    inputs = keras.Input((8, 8, 3))
+    x = operation(layers.Conv2D(4, 3, name="conv")(inputs))
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    with pytest.raises(ValueError, match="comes after a pruned convolution"):
         MaskedBody(graph, graph.output, find_blocks(graph))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.Rescaling(2.0, offset=-1.0),
+        layers.Reshape((4, 16, 4)),
+        layers.Activation("sigmoid"),
+        layers.BatchNormalization(beta_initializer="ones"),
+        layers.DepthwiseConv2D(1, bias_initializer="ones"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_no_offset_revives_a_channel(layer: Any) -> None:
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, padding="same", name="conv")(inputs)
+    x = layers.BatchNormalization(beta_initializer="ones")(layer(layers.MaxPooling2D(1)(x)))
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    body = MaskedBody(graph, graph.output, find_blocks(graph))
+    keep = np.array([True, False, True, False])
+    values = graph.run(tf.random.normal((2, 8, 8, 3)), [graph.output])
+    features = body(
+        values, tf.constant([[0, 1]]), tf.constant([0]), tf.constant([keep]), lambda *_: tf.zeros(0)
+    ).numpy()
+    plain = values[graph.output].numpy()
+    columns = np.tile(keep, plain.shape[1] // 4)
+    assert not features[:, ~columns].any()
+    assert plain[:, ~columns].any()
+    np.testing.assert_allclose(features[:, columns], plain[:, columns], rtol=1e-5)
+
+
+def test_at_an_addition_a_pruned_branch_contributes_nothing() -> None:
+    inputs = keras.Input((8, 8, 3))
+    branches = [layers.Conv2D(4, 3, padding="same", name=name)(inputs) for name in "ab"]
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(layers.Add()(branches))))
+    body = MaskedBody(graph, graph.output, find_blocks(graph))
+    keep = np.array([[1, 0, 1, 0, 0, 0, 1, 1]], bool)
+    values = graph.run(tf.random.normal((2, 8, 8, 3)), [graph.output])
+    features = body(
+        values, tf.constant([[0, 1]]), tf.constant([0]), tf.constant(keep), lambda *_: tf.zeros(0)
+    ).numpy()
+    a, b = (values[graph.layer_output(name)].numpy() for name in "ab")
+    expected = (a * keep[0, :4] + b * keep[0, 4:]).reshape(2, -1)
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_is_used_twice_is_refused_when_it_is_to_be_pruned() -> None:
+    inputs = keras.Input((8, 8, 3))
     shared = layers.Conv2D(3, 1, name="shared")
     graph = ModelGraph(keras.Model(inputs, shared(shared(inputs))))
+    blocks = find_blocks(graph)
+    assert [block.name for block in blocks] == ["shared@1", "shared@2"]
     with pytest.raises(ValueError, match="'shared' is used 2 times"):
-        find_blocks(graph)
+        blocks[0].checked()

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from oracles import connection_mask
 
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
-    connection_mask,
     connection_thresholds,
     filter_masks,
     pruned_count,

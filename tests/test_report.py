@@ -96,6 +96,7 @@ def test_pictures(
     report = ktd.evaluate_defence(defence, images.x_test, images.y_test, attacks=results, verbose=0)
     bars = report.plot().axes[0].patches
     np.testing.assert_allclose([bar.get_width() for bar in bars], report.table["rate"])
+    assert set(report.details) == {"targeted", "untargeted"}
     names = [f"class {c}" for c in range(6)]
     result = results["targeted"]
     student_class, answer = np.zeros(60, int), np.where(np.arange(60) % 2, 3, 0)
@@ -123,6 +124,9 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
     small = AttackResult(**{**vars(result), "adversarial": x[:, :8, :8]})
     with pytest.raises(ValueError, match=r"another input than the Student.*attacks\['a'\]"):
         ktd.evaluate_defence(defence, x, y, attacks={"a": small}, verbose=0)
+    shifted = AttackResult(**{**vars(result), "y_target": result.y_target + 1})
+    with pytest.raises(ValueError, match=r"in 0..5.*attacks\['a'\].y_target from 1 to 6"):
+        ktd.evaluate_defence(defence, x, y, attacks={"a": shifted}, verbose=0)
     with pytest.raises(ValueError, match='cannot be called "clean"'):
         ktd.evaluate_defence(defence, x, y, attacks={"clean": result}, verbose=0)
 

@@ -92,11 +92,9 @@ def test_the_draw_depends_on_the_image_and_the_key_alone() -> None:
     assert (other != drawn).any(axis=1).mean() > 0.9
 
 
-def test_invisible_noise_buys_no_new_draw_but_one_grey_level_does() -> None:
+def test_one_grey_level_makes_another_fingerprint() -> None:
     x = images(50)
-    noise = tf.constant(np.random.default_rng(2).uniform(-0.49, 0.49, x.shape), tf.float32)
     before = fingerprint(x).numpy()
-    np.testing.assert_array_equal(fingerprint(x + noise).numpy(), before)
     np.testing.assert_array_equal(fingerprint(-0.0 * x).numpy(), fingerprint(0.0 * x).numpy())
     one_pixel = np.zeros(x.shape, np.float32)
     one_pixel[:, 3, 3, 1] = 1

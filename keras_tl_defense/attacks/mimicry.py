@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_callable, check_integer, check_positive
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.dssim import dssim
-from keras_tl_defense.data import check_finite, check_images, check_labels
+from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
 from keras_tl_defense.graph import ModelGraph
 
 _SHRINK = 2 - 1e-6
@@ -27,7 +29,8 @@ class MimicryAttack:
     answers out. Each image minimises `penalty * max(DSSIM - budget, 0)² + ‖features(target) -
     features(image)‖₂` by Adadelta over `w + δ`, with `w = arctanh((source / 255 - 1/2) * c)` and
     `image = (tanh(w + δ) / c + 1/2) * 255`. The answer is the closest image within budget after
-    rounding to whole grey levels, looked for every 10 steps.
+    rounding to whole grey levels, looked for every 10 steps; where no image was within budget, the
+    one that came closest to it, marked as a failure.
 
     Args:
         teacher: A built Functional or Sequential Keras model.
@@ -35,7 +38,7 @@ class MimicryAttack:
         budget: Largest structural dissimilarity from the source, in `(0, 1]`; 1 lifts the limit.
         steps: Steps of Adadelta.
         learning_rate: Its rate.
-        penalty: Weight of leaving the budget.
+        penalty: Weight of leaving the budget. Defaults to `1000 / budget²`, which is 1e7 at 0.01.
         batch_size: Images that are crafted at once.
         preprocessing: Callable from images in 0..255 to what the Teacher takes, when it does not
             take images in 0..255.
@@ -62,31 +65,30 @@ class MimicryAttack:
         budget: float = 0.01,
         steps: int = 2000,
         learning_rate: float = 1.0,
-        penalty: float = 1e7,
+        penalty: float | None = None,
         batch_size: int = 64,
         preprocessing: Any = None,
     ) -> None:
-        if not 0 < budget <= 1:
-            raise ValueError(
-                f"`budget` is a DSSIM and must be in (0, 1]. Received: budget={budget}"
-            )
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value!r}")
-        for name, number in (("learning_rate", learning_rate), ("penalty", penalty)):
-            if not 0 < number < float("inf"):
-                raise ValueError(f"`{name}` must be positive and finite. Received: {name}={number}")
         self._graph = ModelGraph(teacher, "teacher")
         self._tensor = self._graph.layer_output(layer)
         self.layer = layer
-        self.budget = budget
-        self.steps = steps
-        self.learning_rate = learning_rate
-        self.penalty = penalty
-        self.batch_size = batch_size
-        self.preprocessing = preprocessing
+        self.budget = check_positive("budget", budget, 1)
+        self.steps = check_integer("steps", steps, 1)
+        self.learning_rate = check_positive("learning_rate", learning_rate)
+        penalty = 1000 / self.budget**2 if penalty is None else penalty
+        self.penalty = check_positive("penalty", penalty)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.preprocessing = check_callable("preprocessing", preprocessing)
         self._features = tf.function(self._compute_features, reduce_retracing=True)
-        self._advance = tf.function(self._run_steps, reduce_retracing=True)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - goes with the attack, which few programs make many of
+    def _advance(self, shape: tuple[int, ...]) -> Any:
+        """The compiled steps for images of this shape, whatever the batch."""
+        images = tf.TensorSpec((None, *shape), tf.float32)
+        features, count = tf.TensorSpec((None, None), tf.float32), tf.TensorSpec((), tf.int32)
+        return tf.function(
+            self._run_steps, input_signature=[images, images, features, *[images] * 3, count]
+        )
 
     def __call__(
         self,
@@ -118,6 +120,13 @@ class MimicryAttack:
         _check_count("x_target", target, "x_source", source)
         source_classes = _check_classes(y_source, len(source), "y_source")
         target_classes = _check_classes(y_target, len(source), "y_target")
+        if source_classes is not None and target_classes is not None:
+            same = np.flatnonzero(source_classes == target_classes)
+            if len(same):
+                raise ValueError(
+                    "A target must be of another class than its source, or nothing is attacked. "
+                    f"Received: y_source[{same[0]}]=y_target[{same[0]}]={source_classes[same[0]]}"
+                )
         bar = self._progress(len(source), self.steps, verbose)
         adversarial, distance, dissimilarity = self._craft(source, target, self.steps, bar)
         return AttackResult(
@@ -174,14 +183,8 @@ class MimicryAttack:
         return self(source, target, y_source, verbose=verbose)
 
     def _check(self, images: Any, name: str) -> np.ndarray:
-        images = check_finite(check_images(images, self._graph.input_shape, name), name=name)
-        low, high = images.min(), images.max()
-        if low < 0 or high > 255 or (high <= 1 and images.dtype.kind == "f"):
-            raise ValueError(
-                "Images must be in 0..255. Give the scaling to what the Teacher takes as "
-                f"`preprocessing`. Received: {name} from {low} to {high}"
-            )
-        return images
+        images = check_images(images, self._graph.input_shape, name)
+        return check_pixels(check_finite(images, name=name), name)
 
     def _progress(self, images: int, steps: int, verbose: int | str) -> Any:
         batches = -(-images // self.batch_size)
@@ -190,7 +193,10 @@ class MimicryAttack:
     def _craft(
         self, source: np.ndarray, target: np.ndarray, steps: int, bar: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Best images within budget, their distances and their dissimilarities."""
+        """The nearest images within budget, their distances and their dissimilarities.
+
+        Where none was within budget, the image that came closest to it.
+        """
         parts = []
         for start in range(0, len(source), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -204,13 +210,15 @@ class MimicryAttack:
         wanted = self._features(tf.constant(target, tf.float32))
         start = tf.atanh((original / 255 - 0.5) * _SHRINK)
         zero = tf.zeros_like(start)
-        state = (zero + 1e-6, zero, zero)
-        best = np.rint(source).astype(np.uint8)
-        distance, dissimilarity = self._score(best, original, wanted)
+        state: Any = (zero + 1e-6, zero, zero)
+        advance = self._advance(source.shape[1:])
+        best = np.zeros(source.shape, np.uint8)
+        distance = np.full(len(source), np.inf, np.float32)
+        dissimilarity = np.full(len(source), np.inf, np.float32)
         done = 0
         while done < steps:
             count = min(_CHECK_EVERY, steps - done)
-            image, finite, *state = self._advance(start, original, wanted, *state, count)
+            image, finite, *state = advance(start, original, wanted, *state, tf.constant(count))
             done += count
             if not finite:
                 raise FloatingPointError(
@@ -220,7 +228,9 @@ class MimicryAttack:
                 )
             rounded = np.rint(np.clip(image.numpy(), 0, 255)).astype(np.uint8)
             new_distance, new_dissimilarity = self._score(rounded, original, wanted)
-            better = (new_distance < distance) & (new_dissimilarity <= self.budget)
+            within, was_within = new_dissimilarity <= self.budget, dissimilarity <= self.budget
+            nearer = within & (new_distance < distance)
+            better = np.where(was_within, nearer, within | (new_dissimilarity < dissimilarity))
             best[better] = rounded[better]
             distance = np.where(better, new_distance, distance)
             dissimilarity = np.where(better, new_dissimilarity, dissimilarity)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_tl_defense._validation import check_integer
+
 
 class AttackPlan(NamedTuple):
     """Numbers of images, for targeted and for non-targeted attacks.
@@ -41,7 +43,10 @@ def plan_attacks(
     Raises:
         ValueError: The Student answers images of fewer than two classes rightly.
     """
+    count = check_integer("count", count, 1)
+    candidates = check_integer("candidates", candidates, 1)
     rng = np.random.default_rng(seed)
+    y = np.asarray(y)
     right = np.flatnonzero(np.asarray(student_class) == y)
     classes = np.unique(y[right])
     if len(classes) < 2:

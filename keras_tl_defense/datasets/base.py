@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -185,17 +184,3 @@ def check_folder(root: str | Path) -> Path:
             f"spelling, or download the data first. Received: root={str(root)!r}"
         )
     return folder
-
-
-def check_integer(name: str, value: object, minimum: int) -> int:
-    """Return `value` as an `int`, or raise a `ValueError` when it is none or below `minimum`."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = minimum - 1
-    if isinstance(value, bool | np.bool_) or number < minimum:
-        raise ValueError(
-            f"`{name}` is out of range. Expected an integer of at least {minimum}; give one. "
-            f"Received: {name}={value!r}"
-        )
-    return number

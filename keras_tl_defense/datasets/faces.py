@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.datasets.base import (
     ImageDataset,
     check_folder,
-    check_integer,
     read_pack,
     resize_images,
 )

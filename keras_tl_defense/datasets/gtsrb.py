@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from skimage.io import imread
 
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.datasets.base import (
     ImageDataset,
     check_folder,
-    check_integer,
     read_pack,
     resize_images,
 )

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_tl_defense.datasets.base import ImageDataset, check_integer
+from keras_tl_defense._validation import check_integer
+from keras_tl_defense.datasets.base import ImageDataset
 from keras_tl_defense.datasets.drawings import (
     SHAPES,
     SIGNS,

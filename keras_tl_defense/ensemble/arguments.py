@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.graph import ModelGraph
 
 
@@ -26,41 +27,8 @@ def check_ensemble_size(ensemble_size: int | None, classes: int) -> int:
     """The ensemble size, by default 5 or what there are; `ValueError` outside 1..K-1."""
     if ensemble_size is None:
         return min(5, classes - 1)
-    if isinstance(ensemble_size, bool) or not isinstance(ensemble_size, int):
-        raise TypeError(
-            f"`ensemble_size` must be an integer. Received: ensemble_size={ensemble_size!r}"
-        )
-    if not 1 <= ensemble_size < classes:
-        raise ValueError(
-            f"`ensemble_size` must be in 1..{classes - 1}, because only K-1 = {classes - 1} "
-            f"differentiators know a class. Received: ensemble_size={ensemble_size}"
-        )
-    return ensemble_size
-
-
-def check_threshold(reject_threshold: int, ensemble_size: int) -> int:
-    """The number of disagreements that rejects; `ValueError` outside 1..ensemble_size."""
-    if isinstance(reject_threshold, bool) or not isinstance(reject_threshold, int):
-        raise TypeError(
-            "`reject_threshold` must be an integer. "
-            f"Received: reject_threshold={reject_threshold!r}"
-        )
-    if not 1 <= reject_threshold <= ensemble_size:
-        raise ValueError(
-            f"`reject_threshold` must be in 1..{ensemble_size}, the number of differentiators that "
-            f"check an input. Received: reject_threshold={reject_threshold}"
-        )
-    return reject_threshold
-
-
-def check_preprocessing(preprocessing: Any) -> Any:
-    """A callable or `None`, as it came; `TypeError` for anything else."""
-    if preprocessing is not None and not callable(preprocessing):
-        raise TypeError(
-            "`preprocessing` must be a callable such as `keras.layers.Rescaling(1 / 255)`. "
-            f"Received: preprocessing={preprocessing!r}"
-        )
-    return preprocessing
+    why = f"because only K-1 = {classes - 1} differentiators know a class"
+    return check_integer("ensemble_size", ensemble_size, 1, classes - 1, why)
 
 
 def serialize_preprocessing(preprocessing: Any) -> Any:
@@ -86,7 +54,39 @@ def key_words(key: bytes) -> np.ndarray:
     """Sixteen bytes as two int64, `ValueError` for anything else."""
     if not isinstance(key, bytes) or len(key) != 16:
         raise ValueError(
-            f"`key` must be 16 bytes. Received: {type(key).__name__} of length "
+            "`key` must be 16 bytes. Leave it out to get a secret one. "
+            f"Received: {type(key).__name__} of length "
             f"{len(key) if hasattr(key, '__len__') else 'unknown'}"
         )
     return np.frombuffer(key, np.int64).copy()
+
+
+def check_loadable(config: Any, custom_objects: Any = None) -> None:
+    """Check that a configuration names only Keras's own classes and registered ones.
+
+    The legacy Keras imports any module that a file names, and calls what it finds there.
+
+    Raises:
+        ValueError: It names something else.
+    """
+    if isinstance(config, list | tuple):
+        for part in config:
+            check_loadable(part, custom_objects)
+    if not isinstance(config, dict):
+        return
+    for part in config.values():
+        check_loadable(part, custom_objects)
+    if "class_name" not in config:
+        return
+    function = config["class_name"] == "function"
+    module = str(config.get("module") or "keras")
+    names = {config.get("registered_name"), config["config"] if function else config["class_name"]}
+    known = {**keras.utils.get_custom_objects(), **(custom_objects or {})}
+    if any(isinstance(name, str) and name in known for name in names):
+        return
+    if function or module.split(".")[0] not in ("keras", "tf_keras"):
+        raise ValueError(
+            "The file names code that is neither Keras's own nor registered. If you trust it, "
+            "import the module that registers it, or pass `custom_objects`. "
+            f"Received: {config['class_name']} {config.get('registered_name')!r} of {module!r}"
+        )

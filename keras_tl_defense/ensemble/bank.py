@@ -44,7 +44,7 @@ class DifferentiatorBank(keras.layers.Layer):
         self, graph: ModelGraph, cut: int, ratios: dict[str, float], classes: int, **kwargs: Any
     ) -> None:
         super().__init__(trainable=False, **kwargs)
-        blocks = [block for block in find_blocks(graph, before=cut) if block.name in ratios]
+        blocks = [b.checked() for b in find_blocks(graph, before=cut) if b.name in ratios]
         self._layout = _Layout(blocks, ratios)
         self._body = MaskedBody(graph, cut, blocks)
         self.needs = (cut,)
@@ -123,22 +123,30 @@ class DifferentiatorBank(keras.layers.Layer):
         """How many rows of `body_features` keep each tensor below `memory` bytes, 1 to 512."""
         return int(np.clip(memory // self._body.row_bytes, 1, 512))
 
-    def logits(self, features: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
-        """Each row's logit by the head of its differentiator.
+    def margins(
+        self, features: tf.Tensor, members: tf.Tensor, student_class: tf.Tensor
+    ) -> tf.Tensor:
+        """How surely each member takes an image for the Student's class.
 
         Args:
-            features: Float tensor of shape `(rows, features)`.
-            members: Int tensor of shape `(rows,)`.
+            features: Float tensor of shape `(batch * k, features)`, the members' features of the
+                first image, then of the second, and so on.
+            members: Int tensor of shape `(batch, k)`: differentiators that know the class.
+            student_class: Int tensor of shape `(batch,)`.
 
         Returns:
-            Float tensor of shape `(rows,)`; positive for the first class of the pair.
+            Float tensor of shape `(batch, k)`: logits, negative where a member disagrees.
         """
-        kernel = tf.gather(tf.convert_to_tensor(self.kernel), members)
-        bias = tf.gather(tf.convert_to_tensor(self.bias), members)
-        return tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1) + bias
+        flat = tf.reshape(members, [-1])
+        kernel = tf.gather(tf.convert_to_tensor(self.kernel), flat)
+        logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1)
+        logits += tf.gather(tf.convert_to_tensor(self.bias), flat)
+        first = tf.gather(tf.constant(self.pairs[:, 0], tf.int32), members)
+        sign = tf.where(tf.equal(first, student_class[:, None]), 1.0, -1.0)
+        return tf.reshape(logits, tf.shape(members)) * sign
 
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
-        """The kernel mask that a threshold and a tie index stand for, as `connection_mask`."""
+        """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
         classes = tf.gather(tf.constant(self.pairs, tf.int32), member)
         unit_scores = tf.reduce_max(tf.gather(self._activations[name], classes), axis=0)
         kernel = tf.convert_to_tensor(self._layout.by_name[name].step.layer.kernel)

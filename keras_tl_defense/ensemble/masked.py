@@ -34,6 +34,13 @@ class MaskedBody:
         self._graph = graph
         self._cut = cut
         self._steps = [graph.steps[index] for index in graph.ancestors(cut)]
+        for step in self._steps:
+            if len(step.outputs) != 1:
+                raise ValueError(
+                    f"The layer {step.name!r} of the frozen part returns {len(step.outputs)} "
+                    "tensors. Cut the Student before it with `cut=`. "
+                    f"Received: layer={step.name!r}"
+                )
         filters = [block for block in blocks if block.kind == "filters"]
         self._sources = channel_sources(graph, filters, cut)
         self._connections = {block.name for block in blocks if block.kind == "connections"}
@@ -88,7 +95,8 @@ class MaskedBody:
                 mask = tf.repeat(mask, per_group, axis=0)
                 rank = len(self._graph.shapes[tensor])
                 shape = [tf.shape(mask)[0], *[1] * (rank - 2), mask.shape[1]]
-                masked[tensor] = value(tensor) * tf.reshape(mask, shape)
+                unmasked = value(tensor)
+                masked[tensor] = unmasked * tf.reshape(tf.cast(mask, unmasked.dtype), shape)
         features = value(self._cut)
         width = int(tf.TensorShape(self._graph.shapes[self._cut][1:]).num_elements())
         return tf.reshape(features, (-1, width))
@@ -110,12 +118,10 @@ def _masked_dense(
     def one_group(element: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         images, member = element
         mask = tf.cast(connection_mask(step.name, member), kernel.dtype)
-        return tf.linalg.matmul(images, kernel * mask)
+        return tf.linalg.matmul(images, tf.cast(kernel * mask, x.dtype))
 
-    out = tf.map_fn(
-        one_group, (x, members), fn_output_signature=kernel.dtype, parallel_iterations=2
-    )
+    out = tf.map_fn(one_group, (x, members), fn_output_signature=x.dtype, parallel_iterations=2)
     out = tf.reshape(out, tf.concat([shape[:-1], [kernel.shape[1]]], axis=0))
     if layer.use_bias:
-        out = out + layer.bias
+        out = out + tf.cast(tf.convert_to_tensor(layer.bias), x.dtype)
     return layer.activation(out)

@@ -11,12 +11,12 @@ import pandas as pd
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras, register
+from keras_tl_defense._validation import check_callable, check_integer
 from keras_tl_defense.activations import ClassActivations
-from keras_tl_defense.data import Batches
+from keras_tl_defense.data import HIGHEST_PIXEL, LOWEST_PIXEL, Batches
 from keras_tl_defense.ensemble.arguments import (
     check_ensemble_size,
-    check_preprocessing,
-    check_threshold,
+    check_loadable,
     class_count,
     key_words,
     serialize_preprocessing,
@@ -32,7 +32,8 @@ from keras_tl_defense.serving import export_saved_model
 
 _ADAPTED, _FITTED = 1, 2
 _LOWEST = float(np.finfo(np.float32).min)
-_BODY_BYTES = 64 << 20
+_BODY_BYTES = 64 << 20  # for one tensor of the rows that are computed at once, in training
+_ANSWER_BYTES = 256 << 20  # the same, in prediction
 
 
 @register
@@ -108,14 +109,25 @@ class DifferentiatorEnsemble(keras.Model):
         self._graph = graph
         self.classes = class_count(graph)
         tensor = graph.find_cut() if cut is None else graph.layer_output(cut)
+        if tensor == graph.output:
+            raise ValueError(
+                "The cut must come before the student's output, where layers of its own follow. "
+                f"Received: cut={cut!r}, the output"
+            )
         self.cut = graph.steps[graph.producer[tensor]].name
-        self.preprocessing = check_preprocessing(preprocessing)
+        self.preprocessing = check_callable("preprocessing", preprocessing)
         self.ensemble_size = check_ensemble_size(ensemble_size, self.classes)
-        self.reject_threshold = check_threshold(reject_threshold, self.ensemble_size)
+        self.reject_threshold = check_integer(
+            "reject_threshold",
+            reject_threshold,
+            1,
+            self.ensemble_size,
+            "the number of differentiators that check an input",
+        )
         self.seed = seed
         layers = [block.name for block in find_blocks(graph, before=tensor)]
         self.layer_ratios = resolve_ratios(ratios, layers)
-        self._ratios = ratios if isinstance(ratios, (int, float)) else dict(ratios)
+        self._ratios = dict(ratios) if isinstance(ratios, Mapping) else float(ratios)
         self._bank = DifferentiatorBank(
             graph, tensor, dict(self.layer_ratios), self.classes, name="differentiators"
         )
@@ -150,18 +162,12 @@ class DifferentiatorEnsemble(keras.Model):
         Raises:
             ValueError: A class has no image, or the images are not in 0..255.
         """
-        activations = ClassActivations(self._graph)
-        activations.adapt(
-            x, y, batch_size=batch_size, verbose=verbose, preprocessing=self.preprocessing
+        activations = ClassActivations(self.student, list(self.layer_ratios), cut=self.cut)
+        activations.adapt_batches(
+            self._batches(x, y, batch_size, labelled=True),
+            preprocessing=self.preprocessing,
+            verbose=verbose,
         )
-        low, high = activations.value_range
-        if low < 0 or high > 255 or high <= 1:
-            raise ValueError(
-                "Images must be in 0..255, because the draw of the members rounds them to whole "
-                "grey levels. Give the scaling to what the Student takes as `preprocessing`, such "
-                "as `keras.layers.Rescaling(1 / 255)`, and pass the images unscaled. "
-                f"Received: x from {low:g} to {high:g}"
-            )
         self._bank.prune(activations)
         self._stage.assign(_ADAPTED)
 
@@ -206,9 +212,9 @@ class DifferentiatorEnsemble(keras.Model):
             raise RuntimeError(
                 'The model has no optimizer. Call `compile(optimizer="adam")` first.'
             )
-        for name, value in (("epochs", epochs), ("images_per_class", images_per_class)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+        epochs = check_integer("epochs", epochs, 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
+        images_per_class = check_integer("images_per_class", images_per_class, 1)
         rng = np.random.default_rng(self.seed)
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True), images_per_class, rng
@@ -234,6 +240,7 @@ class DifferentiatorEnsemble(keras.Model):
             ),
             sample,
             self.pairs,
+            self._bank.features,
             self._optimizer_config,
             epochs=epochs,
             batch_size=batch_size,
@@ -246,21 +253,26 @@ class DifferentiatorEnsemble(keras.Model):
         self._stage.assign(_FITTED)
         history = keras.callbacks.History()
         history.epoch = list(range(epochs))
-        history.history = {"loss": heads.loss.tolist(), "accuracy": heads.accuracy.tolist()}
+        history.history = {
+            "loss": heads.loss.mean(axis=0).tolist(),
+            "accuracy": heads.accuracy.mean(axis=0).tolist(),
+        }
         return history
 
     def call(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Answer a batch, as `explain` does, as tensors and without a check of the input.
+        """Answer a batch, as `explain` does, as tensors and without an error for bad input.
 
-        An image with NaN or infinity is rejected with the lowest finite score.
+        Images are rounded to whole grey levels, so that noise below that changes nothing, neither
+        the draw nor the answer. One with NaN, infinity or values outside 0..255 (by more than one)
+        is rejected with the lowest finite score.
 
         Args:
             inputs: Images of shape `(batch, H, W, C)` in 0..255.
         """
         images = tf.cast(inputs, tf.float32)
-        pixels = tuple(range(1, images.shape.rank))
-        finite = tf.reduce_all(tf.math.is_finite(images), axis=pixels)
-        safe = tf.where(tf.math.is_finite(images), images, 0)
+        usable = (images >= LOWEST_PIXEL) & (images <= HIGHEST_PIXEL)
+        finite = tf.reduce_all(usable, axis=tuple(range(1, images.shape.rank)))
+        safe = tf.clip_by_value(tf.round(tf.where(usable, images, 0)), 0, 255)
         values = self._graph.run(self._preprocess(safe), [self._graph.output])
         logits = values[self._graph.output]
         finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
@@ -269,14 +281,11 @@ class DifferentiatorEnsemble(keras.Model):
         partners = draw(fingerprint(safe), self._key, self.classes - 1, self.ensemble_size)
         partners += tf.cast(partners >= student_class[:, None], tf.int32)
         members = self._bank.index(student_class[:, None], partners)
-        flat = tf.reshape(members, [-1])
         rows = tf.repeat(tf.range(tf.shape(images)[0]), self.ensemble_size)[:, None]
-        features = self._bank.body_features(values, rows, flat)
-        first_class = tf.reshape(self._bank.logits(features, flat), tf.shape(members))
-        margins = tf.where(student_class[:, None] < partners, first_class, -first_class)
+        features = self._bank.body_features(values, rows, tf.reshape(members, [-1]))
+        margins = self._bank.margins(features, members, student_class)
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
-        agree = tf.where(student_class[:, None] < partners, first_class > 0, first_class <= 0)
-        disagreements = tf.reduce_sum(tf.cast(~agree, tf.int32), axis=1)
+        disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
         disagreements = tf.where(finite, disagreements, self.ensemble_size)
         accepted = disagreements < self.reject_threshold
         return {
@@ -367,7 +376,8 @@ class DifferentiatorEnsemble(keras.Model):
 
         Raises:
             RuntimeError: `fit` was not called.
-            OSError: The folder cannot be written, or holds something already.
+            ValueError: The version exists already.
+            OSError: The folder cannot be written.
         """
         self._require(_FITTED)
         return export_saved_model(self, path, self._image_spec())
@@ -383,7 +393,7 @@ class DifferentiatorEnsemble(keras.Model):
         return {
             "name": self.name,
             "student": keras.utils.serialize_keras_object(self.student),
-            "ratios": self._ratios if isinstance(self._ratios, float) else dict(self._ratios),
+            "ratios": dict(self._ratios) if isinstance(self._ratios, Mapping) else self._ratios,
             "ensemble_size": self.ensemble_size,
             "reject_threshold": self.reject_threshold,
             "cut": self.cut,
@@ -395,6 +405,7 @@ class DifferentiatorEnsemble(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Make a model from `get_config`, without what it learned."""
         config = dict(config)
+        check_loadable(config, custom_objects)
         for part in ("student", "preprocessing"):
             if config[part] is not None:
                 config[part] = keras.utils.deserialize_keras_object(
@@ -416,8 +427,11 @@ class DifferentiatorEnsemble(keras.Model):
         self._require(_FITTED)
         bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
         parts, labels = [], []
+        size = max(1, self._bank.rows_at_once(_ANSWER_BYTES) // self.ensemble_size)
         for images, label in batches:
-            parts.append(self._answer_fn(images.astype(np.float32)))
+            for start in range(0, len(images), size):
+                part = images[start : start + size].astype(np.float32)
+                parts.append(self._answer_fn(part))
             labels.append(label)
             bar.add(1)
         if not parts:
@@ -433,6 +447,7 @@ class DifferentiatorEnsemble(keras.Model):
             shape=self._graph.input_shape,
             classes=self.classes if labelled else None,
             batch_size=batch_size,
+            pixels=True,
         )
 
     def _image_spec(self) -> tf.TensorSpec:

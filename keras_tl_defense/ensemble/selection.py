@@ -22,18 +22,19 @@ def new_key() -> np.ndarray:
 
 
 def fingerprint(images: tf.Tensor) -> tf.Tensor:
-    """A 64-bit fingerprint of each image, blind to changes of less than half a grey level.
+    """A 64-bit fingerprint of each image.
 
     Args:
-        images: Float32 tensor of shape `(batch, …)`, finite, in 0..255. They are rounded to whole
-            grey levels, so that invisible noise buys no new draw.
+        images: Float32 tensor of shape `(batch, …)`, rounded to whole grey levels by the caller, so
+            that invisible noise buys no new draw.
 
     Returns:
         Tensor of shape `(batch,)`, uint64.
     """
-    whole = tf.round(images) + 0.0  # -0.0 and 0.0 have different bits
-    data = tf.bitcast(tf.reshape(whole, (tf.shape(images)[0], -1)), tf.uint8)
-    return tf.bitcast(tf.fingerprint(tf.reshape(data, (tf.shape(data)[0], -1))), tf.uint64)
+    whole = images + 0.0  # -0.0 and 0.0 have different bits
+    size = 4 * int(tf.TensorShape(images.shape[1:]).num_elements() or 0)
+    data = tf.reshape(tf.bitcast(whole, tf.uint8), (tf.shape(images)[0], size))
+    return tf.bitcast(tf.fingerprint(data), tf.uint64)
 
 
 def draw(fingerprints: tf.Tensor, key: tf.Tensor, candidates: int, count: int) -> tf.Tensor:

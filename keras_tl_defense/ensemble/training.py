@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.data import Batches
+from keras_tl_defense.data import Batches, check_every_class
 
 _CHUNK_BYTES = 256 << 20
 _RIDGE = 0.1  # of the mean squared length of a centred image
@@ -24,8 +26,8 @@ class TrainedHeads(NamedTuple):
     Attributes:
         kernel: Float32 array of shape `(heads, features)`.
         bias: Float32 array of shape `(heads,)`.
-        loss: Mean binary cross-entropy of each epoch, array of shape `(epochs,)`.
-        accuracy: Mean accuracy of each epoch, array of shape `(epochs,)`.
+        loss: Binary cross-entropy in each epoch, array of shape `(heads, epochs)`.
+        accuracy: Accuracy in each epoch, array of shape `(heads, epochs)`.
     """
 
     kernel: np.ndarray
@@ -67,7 +69,7 @@ class HeadTrainer:
         gradients = tape.gradient(total, variables)
         self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
         right = tf.equal(logits > 0, target > 0.5)
-        return tf.reduce_mean(loss), tf.reduce_mean(tf.cast(right, tf.float32))
+        return tf.reduce_mean(loss, axis=1), tf.reduce_mean(tf.cast(right, tf.float32), axis=1)
 
     def fit(
         self,
@@ -108,8 +110,8 @@ class HeadTrainer:
                 self._step(coordinates[:, batch], positive[batch])
                 for batch in np.array_split(order, -(-rows // batch_size))
             ]
-            history.append(np.mean([[float(v) for v in step] for step in steps], axis=0))
-        loss, accuracy = np.transpose(history)
+            history.append(np.mean(steps, axis=0))
+        loss, accuracy = np.moveaxis(np.array(history), 0, -1)
         dual = np.where(used, _to_numpy(self._kernel) / (length * unit[:, 0]), 0)
         kernel = np.einsum("hnr,hr,hnf->hf", basis, dual, centred, optimize=True)
         bias = _to_numpy(self._bias)[:, 0] - np.einsum("hf,hf->h", kernel, mean[:, 0])
@@ -144,30 +146,20 @@ def sample_classes(batches: Batches, per_class: int, rng: np.random.Generator) -
     Returns:
         The images that were kept. Which ones does not depend on the size of the batches.
     """
-    kept: dict[int, list[tuple[float, np.ndarray]]] = {}
+    pools: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in range(batches.classes or 0)]
+    seen = 0
     for images, labels in batches:
         for priority, image, label in zip(rng.random(len(images)), images, labels, strict=True):
-            pool = kept.setdefault(int(label), [])
+            pool, seen = pools[label], seen + 1
             if len(pool) < per_class:
-                pool.append((priority, image))
-                pool.sort(key=lambda entry: entry[0])
-            elif priority < pool[-1][0]:
-                pool[-1] = (priority, image)
-                pool.sort(key=lambda entry: entry[0])
-    missing = sorted(set(range(batches.classes or 0)) - set(kept))
-    if missing:
-        raise ValueError(
-            "Every class needs at least one image to train its differentiators. Add images of "
-            f"class {', '.join(map(str, missing))}. Received: no image of {len(missing)} of "
-            f"{batches.classes} classes"
-        )
-    counts = [len(kept[label]) for label in range(len(kept))]
-    size = max(counts)
-    starts = np.cumsum([0, *counts[:-1]])
-    rows = np.stack(
-        [start + np.arange(size) % count for start, count in zip(starts, counts, strict=True)]
-    )
-    images = np.stack([image for label in range(len(kept)) for _, image in kept[label]])
+                heapq.heappush(pool, (priority, seen, image.copy()))
+            elif priority > pool[0][0]:
+                heapq.heapreplace(pool, (priority, seen, image.copy()))
+    counts = np.array([len(pool) for pool in pools])
+    check_every_class(counts)
+    starts = np.cumsum(counts) - counts
+    rows = starts[:, None] + np.arange(counts.max()) % counts[:, None]
+    images = np.stack([image for pool in pools for _, _, image in sorted(pool, key=itemgetter(1))])
     return ClassImages(images, rows)
 
 
@@ -175,6 +167,7 @@ def train_heads(
     row_features: RowFeatures,
     sample: ClassImages,
     pairs: np.ndarray,
+    width: int,
     optimizer: Any,
     *,
     epochs: int,
@@ -189,23 +182,22 @@ def train_heads(
         row_features: Computes features under the masks of differentiators.
         sample: Training images.
         pairs: Int array of shape `(heads, 2)`: the classes of each differentiator.
+        width: Number of features.
         optimizer: Configuration of a Keras optimizer.
         epochs: Passes over the images.
         batch_size: Images of each head in a step.
         rows_at_once: Rows that `row_features` may be given in one call.
         rng: Shuffles the images.
-        progress: Called after each chunk with the number of heads trained and their figures.
+        progress: Called with the number of heads whose features are there, and, after each chunk,
+            with the last epoch's figures.
     """
     per_class = sample.rows.shape[1]
     rows = 2 * per_class
-    probe = row_features(sample.images[:1], np.zeros((1, 1), np.int32), np.zeros(1, np.int32))
-    width = probe.shape[1]
     chunk = max(1, min(len(pairs), _CHUNK_BYTES // (4 * rows * width)))
     trainer = HeadTrainer(optimizer, chunk, rows)
     positive = np.repeat(np.array([1, 0], np.float32), per_class)
     features = np.zeros((chunk, rows, width), np.float32)
     parts: list[TrainedHeads] = []
-    sizes: list[int] = []
     for start in range(0, len(pairs), chunk):
         members = np.arange(start, min(start + chunk, len(pairs)))
         numbers = sample.rows[pairs[members]].reshape(len(members), rows)
@@ -217,18 +209,11 @@ def train_heads(
                 unique, index = np.unique(numbers[part, columns], return_inverse=True)
                 index = index.reshape(numbers[part, columns].shape)
                 computed = row_features(sample.images[unique], index, members[part])
-                features[part, columns][: len(members[part])] = computed.numpy().reshape(
-                    *index.shape, width
-                )
-        parts.append(trainer.fit(features, positive, epochs, batch_size, rng))
-        sizes.append(len(members))
-        progress(
-            len(members),
-            {"loss": float(parts[-1].loss[-1]), "accuracy": float(parts[-1].accuracy[-1])},
-        )
-    return TrainedHeads(
-        np.concatenate([p.kernel[:n] for p, n in zip(parts, sizes, strict=True)]),
-        np.concatenate([p.bias[:n] for p, n in zip(parts, sizes, strict=True)]),
-        np.average([p.loss for p in parts], axis=0, weights=sizes),
-        np.average([p.accuracy for p in parts], axis=0, weights=sizes),
-    )
+                computed = computed.numpy().reshape(*index.shape, width)
+                features[part, columns][: len(index)] = computed
+            progress(len(members[part]), {})
+        heads = trainer.fit(features, positive, epochs, batch_size, rng)
+        parts.append(TrainedHeads(*(array[: len(members)] for array in heads)))
+        loss, accuracy = parts[-1].loss[:, -1].mean(), parts[-1].accuracy[:, -1].mean()
+        progress(0, {"loss": float(loss), "accuracy": float(accuracy)})
+    return TrainedHeads(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from keras_tl_defense.attacks import AttackResult
+from keras_tl_defense.data import check_labels
 from keras_tl_defense.metrics import Rate
 
 _COLUMNS = ["inputs", "metric", *(field.name for field in fields(Rate))]
@@ -27,16 +28,23 @@ class DefenceReport:
             Metrics of an attack: `undefended_success`, the Student alone; `defended_success`;
             `accepted`, whatever the answer. `clean_acceptance` is what the paper calls "TPR" and
             `accepted` what it calls "FPR"; in the usual sense of the words they are the opposite.
+        details: For each attack what `explain` says of its images.
     """
 
-    def __init__(self, table: pd.DataFrame) -> None:
+    def __init__(
+        self, table: pd.DataFrame, details: Mapping[str, dict[str, np.ndarray]] | None = None
+    ) -> None:
         self.table = table
+        self.details = dict(details or {})
 
     def rate(self, inputs: str, metric: str) -> float:
         """One rate of the table."""
         row = (self.table["inputs"] == inputs) & (self.table["metric"] == metric)
         if not row.any():
-            raise KeyError(f"The report has no {metric!r} of {inputs!r}.")
+            raise KeyError(
+                f"The report has no {metric!r} of {inputs!r}. It has: "
+                f"{', '.join(f'{r.inputs} {r.metric}' for r in self.table.itertuples())}"
+            )
         return float(self.table.loc[row, "rate"].iloc[0])
 
     def to_markdown(self) -> str:
@@ -100,12 +108,16 @@ def evaluate_defence(
         ['clean', 'mimicry']
     """
     rows: list[tuple[object, ...]] = []
+    details: dict[str, dict[str, np.ndarray]] = {}
     clean = defence.evaluate(x_test, y_test, batch_size=batch_size, verbose=verbose)
     rows += [("clean", metric, *astuple(rate)) for metric, rate in clean.items()]
     shape = tuple(defence.student.inputs[0].shape)[1:]
     for name, result in (attacks or {}).items():
         if name == "clean":
-            raise ValueError('An attack cannot be called "clean". Received: attacks["clean"]')
+            raise ValueError(
+                'An attack cannot be called "clean", as the clean images are. Rename it. '
+                'Received: attacks["clean"]'
+            )
         if result.adversarial.shape[1:] != shape:
             raise ValueError(
                 "An attack's images do not fit the defended Student, so its Teacher takes another "
@@ -113,13 +125,17 @@ def evaluate_defence(
                 f"Received: attacks[{name!r}] with images of shape {result.adversarial.shape[1:]}, "
                 f"a Student that takes {shape}"
             )
-        details = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
-        reached = result.reached(details["student_class"])
-        accepted = details["accepted"]
+        for field, labels in (("y_source", result.y_source), ("y_target", result.y_target)):
+            if labels is not None:
+                where = f"attacks[{name!r}].{field}"
+                check_labels(labels, defence.classes, len(result.adversarial), where)
+        details[name] = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
+        reached = result.reached(details[name]["student_class"])
+        accepted = details[name]["accepted"]
         for metric, hits in (
             ("undefended_success", reached),
             ("defended_success", reached & accepted),
             ("accepted", accepted),
         ):
             rows.append((name, metric, *astuple(Rate.of(hits))))
-    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS))
+    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details)

@@ -9,7 +9,7 @@ no later offset revives a pruned one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,7 @@ _INACTIVE = (
     _layers.GaussianNoise,
     _layers.AlphaDropout,
     _layers.ActivityRegularization,
+    _layers.Identity,
 )
 _SPATIAL = (
     _layers.MaxPooling1D,
@@ -57,8 +58,15 @@ _SPATIAL = (
     _layers.UpSampling1D,
     _layers.UpSampling2D,
 )
-_MIXING = (_layers.LayerNormalization, _layers.GroupNormalization, _layers.Multiply)
-_REVIVING = (_layers.BatchNormalization, *_ACTIVATIONS, *_DEPTHWISE)
+_REVIVING = (
+    _layers.BatchNormalization,
+    _layers.Rescaling,
+    _layers.Normalization,
+    *_ACTIVATIONS,
+    *_DEPTHWISE,
+)
+_NEW_CHANNELS = (*_CONVOLUTIONS, *_TRANSPOSED, _layers.Dense)
+_SUMS = (_layers.Add, _layers.Subtract, _layers.Average)
 _CHAIN = (_layers.BatchNormalization, *_ACTIVATIONS, *_INACTIVE)
 
 
@@ -73,6 +81,7 @@ class Block:
         tensor: Number of the tensor whose units' activations are scored: the end of the block for
             filters, the layer's input for connections.
         units: Number of those units.
+        problem: Why the layer cannot be pruned, or `None`.
     """
 
     name: str
@@ -80,6 +89,17 @@ class Block:
     kind: Literal["filters", "connections"]
     tensor: int
     units: int
+    problem: str | None
+
+    def checked(self) -> Block:
+        """The block itself.
+
+        Raises:
+            ValueError: It cannot be pruned; the message names the layer and says why.
+        """
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        return self
 
 
 def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
@@ -89,12 +109,10 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
         graph: The model.
         before: Number of a tensor; only layers that it depends on are returned. Defaults to the
             model's output.
-
-    Raises:
-        ValueError: A prunable layer is used more than once, or has its channels first.
     """
     target = graph.output if before is None else before
-    steps = [graph.steps[i] for i in graph.ancestors(target)]
+    numbers = graph.ancestors(target)
+    steps = [graph.steps[i] for i in numbers]
     uses: dict[int, int] = {}
     for step in steps:
         uses[id(step.layer)] = uses.get(id(step.layer), 0) + 1
@@ -106,35 +124,43 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
         )
         if not (dense or convolution):
             continue
+        problem = None
         if uses[id(step.layer)] > 1:
-            raise ValueError(
-                f"The layer {step.name!r} is used {uses[id(step.layer)]} times in the "
-                f"{graph.role}. One mask cannot serve both places; use a layer of its own in each. "
-                f"Received: layer={step.name!r}"
+            problem = (
+                f"The layer {step.layer.name!r} is used {uses[id(step.layer)]} times in the "
+                f"{graph.role}, and one mask cannot serve every place. Leave it unpruned, or use a "
+                f"layer of its own in each. Received: layer={step.name!r}"
             )
-        if getattr(step.layer, "data_format", "channels_last") != "channels_last":
-            raise ValueError(
+        elif getattr(step.layer, "data_format", "channels_last") != "channels_last":
+            problem = (
                 f"The layer {step.name!r} has its channels first. Build the {graph.role} with "
                 f"`data_format='channels_last'`. Received: data_format={step.layer.data_format!r}"
             )
         if dense:
-            blocks.append(_block(graph, step, "connections", step.inputs[0]))
+            blocks.append(_block(graph, step, "connections", step.inputs[0], problem))
         elif not isinstance(step.layer, _DEPTHWISE):
-            blocks.append(_block(graph, step, "filters", _block_end(graph, step)))
+            blocks.append(
+                _block(graph, step, "filters", _block_end(graph, step, set(numbers)), problem)
+            )
     return blocks
 
 
 def _block(
-    graph: ModelGraph, step: Step, kind: Literal["filters", "connections"], tensor: int
+    graph: ModelGraph,
+    step: Step,
+    kind: Literal["filters", "connections"],
+    tensor: int,
+    problem: str | None,
 ) -> Block:
     units = graph.shapes[tensor][-1]
     assert units is not None, "Keras builds kernels for known sizes only"
-    return Block(step.name, step, kind, tensor, units)
+    return Block(step.name, step, kind, tensor, units, problem)
 
 
-def _block_end(graph: ModelGraph, step: Step) -> int:
+def _block_end(graph: ModelGraph, step: Step, inside: set[int]) -> int:
+    """Number of the last tensor of the block, within the steps `inside`."""
     tensor = step.outputs[0]
-    while len(graph.consumers[tensor]) == 1:
+    while len(graph.consumers[tensor]) == 1 and graph.consumers[tensor][0] in inside:
         follower = graph.steps[graph.consumers[tensor][0]]
         if not isinstance(follower.layer, _CHAIN):
             break
@@ -159,8 +185,8 @@ def channel_sources(graph: ModelGraph, blocks: list[Block], cut: int) -> dict[in
         `-1` for a channel that no block owns.
 
     Raises:
-        ValueError: A pruned channel meets a layer that mixes channels in a way in which "removed"
-            has no meaning (a normalisation over channels, a product).
+        ValueError: A pruned channel meets a layer after which it is not known what "removed" means
+            (a normalisation over channels, a product, a layer that this library does not know).
     """
     sources: dict[int, np.ndarray] = {}
     masked: dict[int, np.ndarray] = {}
@@ -192,20 +218,27 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
         return np.concatenate(
             [np.full(w, -1) if s is None else s for s, w in zip(known, widths, strict=True)]
         )
-    if isinstance(layer, _MIXING):
-        raise ValueError(
-            f"The layer {step.name!r} ({type(layer).__name__}) mixes the channels of a pruned "
-            "convolution with others, so none of them can be removed before it. Give ratios that "
-            "leave the convolutions before it alone. "
-            f"Received: layer={step.name!r}"
-        )
-    if source is None:
+    if isinstance(layer, _SUMS) or (isinstance(layer, _NEW_CHANNELS) and not _softmax(layer)):
         return None
-    if isinstance(layer, _DEPTHWISE):
-        return np.repeat(source, layer.depth_multiplier)
-    if isinstance(layer, _layers.Flatten):
-        width = graph.shapes[step.outputs[0]][-1]
-        return None if width is None else np.tile(source, width // len(source))
-    if isinstance(layer, _REVIVING + _INACTIVE + _SPATIAL):
-        return source
-    return None
+    if source is not None and not _softmax(layer):
+        if isinstance(layer, _DEPTHWISE):
+            return np.repeat(source, layer.depth_multiplier)
+        if isinstance(layer, _layers.Reshape) and graph.shapes[step.outputs[0]][-1] == len(source):
+            return source
+        if isinstance(layer, _layers.Flatten):
+            return np.tile(source, int(graph.shapes[step.outputs[0]][-1] or 0) // len(source))
+        if isinstance(layer, _REVIVING + _INACTIVE + _SPATIAL):
+            return source
+    raise ValueError(
+        f"The layer {step.name!r} ({type(layer).__name__}) comes after a pruned convolution, and "
+        "it is not known what becomes of a removed channel there. Give ratios that leave the "
+        "convolutions before it alone, or use layers whose channels stay apart (pooling, padding, "
+        "activations, batch normalisation, depthwise convolutions, Flatten, Concatenate, Add). "
+        f"Received: layer={step.name!r}"
+    )
+
+
+def _softmax(layer: Any) -> bool:
+    """Whether the layer ends in a softmax, which mixes channels."""
+    name = getattr(getattr(layer, "activation", None), "__name__", "")
+    return name in ("softmax", "log_softmax")
