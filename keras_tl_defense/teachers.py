@@ -24,6 +24,10 @@ def build_teacher(
     Returns:
         A Functional Keras model with layers `conv1_1`, `conv1_2`, `pool1` and so on, `flatten`,
         `fc1` and `logits`.
+
+    Example:
+        >>> build_teacher((32, 32, 3), classes=28).output_shape
+        (None, 28)
     """
     layers = keras.layers
     x = inputs = keras.Input(input_shape)
@@ -93,6 +97,14 @@ def make_student(
     Returns:
         A Functional Keras model that returns logits, with the Teacher's layers nested in it as
         `base`.
+
+    Raises:
+        ValueError: The Teacher has no layer called `cut`, or the images do not fit it.
+
+    Example:
+        >>> student = make_student(teacher, "flatten", x_train, y_train, 16, epochs=1, verbose=0)
+        >>> student.output_shape
+        (None, 16)
     """
     base = keras.Model(teacher.inputs[0], teacher.get_layer(cut).output, name="base")
     base.trainable = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 
 import keras_tl_defense as ktd
-from keras_tl_defense import activations, metrics
+from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import mimicry
+from keras_tl_defense.attacks import base, mimicry, targets
 from keras_tl_defense.ensemble import model
-from keras_tl_defense.evaluation import report
+from keras_tl_defense.evaluation import plots, report
 from keras_tl_defense.pruning import masks, ratios
 
 README = Path(__file__).parent.parent / "README.md"
@@ -58,14 +59,20 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.utils, "Progbar", silent)
 
 
-@pytest.mark.parametrize("module", [masks, ratios, metrics, activations, model, mimicry])
+MODULES = [masks, ratios, metrics, activations, model, targets, mimicry, teachers]
+
+
+@pytest.mark.parametrize("module", [*MODULES, sys.modules["keras_tl_defense.attacks.dssim"]])
 def test_docstrings(module: Any, names: dict[str, Any]) -> None:
     result = doctest.testmod(module, globs={**vars(module), **names})
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def test_docstring_of_the_report(names: dict[str, Any]) -> None:
+def test_docstrings_of_results(
+    names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     defence = ktd.DifferentiatorEnsemble(names["student"], 0.5)
     x, y = names["x_train"], names["y_train"]
     defence.adapt(x, y)
@@ -73,8 +80,11 @@ def test_docstring_of_the_report(names: dict[str, Any]) -> None:
     defence.fit(x, y)
     attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
     result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
-    globs = {**vars(report), **names, "defence": defence, "result": result}
-    assert doctest.testmod(report, globs=globs).failed == 0
+    for module in (base, report, plots):
+        globs = {**vars(module), **names, "defence": defence, "result": result}
+        examples = doctest.testmod(module, globs=globs)
+        assert examples.attempted > 0
+        assert examples.failed == 0
 
 
 def test_readme(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,11 @@ class AttackResult:
         y_source: Classes of the sources in `0..K-1`, int array of shape `(n,)`, or `None` when they
             were not given.
         y_target: Classes of the targets, or `None` when any other class than the source's will do.
+
+    Example:
+        >>> student_class = student.predict(result.adversarial, verbose=0).argmax(axis=1)
+        >>> result.reached(student_class).shape
+        (4,)
     """
 
     adversarial: np.ndarray

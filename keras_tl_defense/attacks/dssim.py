@@ -22,6 +22,11 @@ def dssim(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     Returns:
         Float tensor of shape `(batch,)` in 0..1: 0 for equal images.
 
+    Example:
+        >>> image = tf.random.uniform((1, 32, 32, 3), maxval=255.0)
+        >>> float(dssim(image, image)[0])
+        0.0
+
     Reference:
         Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
         IEEE TIP 2004.

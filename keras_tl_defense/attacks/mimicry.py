@@ -36,10 +36,11 @@ class MimicryAttack:
         teacher: A built Functional or Sequential Keras model.
         layer: Name of the layer whose output is imitated; the Student's cut is the strongest place.
         budget: Largest structural dissimilarity from the source, in `(0, 1]`; 1 lifts the limit.
-        steps: Steps of Adadelta.
-        learning_rate: Its rate.
+            Defaults to `0.01`.
+        steps: Steps of Adadelta. Defaults to `2000`.
+        learning_rate: Its rate. Defaults to `1.0`.
         penalty: Weight of leaving the budget. Defaults to `1000 / budget²`, which is 1e7 at 0.01.
-        batch_size: Images that are crafted at once.
+        batch_size: Images that are crafted at once. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what the Teacher takes, when it does not
             take images in 0..255.
 
@@ -163,6 +164,10 @@ class MimicryAttack:
 
         Returns:
             The crafted images with their distances; `y_target` is `None`.
+
+        Raises:
+            ValueError: The images do not fit the Teacher or each other, or are not in 0..255.
+            FloatingPointError: The loss became NaN or infinite.
         """
         source = self._check(x_source, "x_source")
         candidates = np.asarray(x_candidates)

@@ -41,7 +41,16 @@ def plan_attacks(
         The numbers of the images chosen.
 
     Raises:
-        ValueError: The Student answers images of fewer than two classes rightly.
+        ValueError: The Student answers images of fewer than two classes rightly, or a number is
+            out of range.
+
+    Example:
+        >>> labels = np.array([0, 0, 1, 1, 2, 2])
+        >>> plan = plan_attacks(labels, student_class=labels, count=4, candidates=2)
+        >>> bool((labels[plan.sources] != labels[plan.targets]).all())
+        True
+        >>> plan.candidates.shape
+        (4, 2)
     """
     count = check_integer("count", count, 1)
     candidates = check_integer("candidates", candidates, 1)

@@ -59,7 +59,8 @@ class DifferentiatorEnsemble(keras.Model):
             convolutions carry most of the protection, as in `{"conv1*": 0.85}`.
         ensemble_size: Differentiators that check an input, at most K-1. Defaults to 5, or K-1 where
             that is less.
-        reject_threshold: Number of disagreeing differentiators that rejects an input.
+        reject_threshold: Number of disagreeing differentiators that rejects an input. Defaults to
+            `1`.
         cut: Name of the last frozen layer. Defaults to what `layer.trainable` says.
         preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
@@ -195,10 +196,10 @@ class DifferentiatorEnsemble(keras.Model):
         Args:
             x: Training images, as for `adapt`.
             y: Integer labels of shape `(n,)` in `0..K-1`.
-            epochs: Passes of each head over its images.
-            batch_size: Images in a head's step.
+            epochs: Passes of each head over its images. Defaults to `5`.
+            batch_size: Images in a head's step. Defaults to `32`.
             images_per_class: At most this many images of each class are used, chosen at random.
-                More take longer and reject fewer honest inputs.
+                More take longer and reject fewer honest inputs. Defaults to `100`.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -206,6 +207,7 @@ class DifferentiatorEnsemble(keras.Model):
 
         Raises:
             RuntimeError: `adapt` or `compile` was not called.
+            ValueError: A class has no image, or the data does not fit the Student.
         """
         self._require(_ADAPTED)
         if self._optimizer_config is None:

@@ -30,6 +30,12 @@ def plot_attacks(
 
     Returns:
         A figure. The difference is shown ten times as strong as it is, around grey.
+
+    Example:
+        >>> details = defence.explain(result.adversarial)
+        >>> verdicts = details["student_class"], details["answer"]
+        >>> figure = plot_attacks(result, *verdicts, [0, 1], [f"class {c}" for c in range(16)])
+        >>> figure.savefig("attacks.png")
     """
     titles = ("source", "target", "crafted image", f"difference ×{_AMPLIFY}", "verdicts")
     figure = Figure(figsize=(8.2, 0.35 + 1.35 * len(chosen)), layout="constrained")

@@ -38,7 +38,18 @@ class DefenceReport:
         self.details = dict(details or {})
 
     def rate(self, inputs: str, metric: str) -> float:
-        """One rate of the table."""
+        """One rate of the table.
+
+        Args:
+            inputs: `"clean"` or the name of an attack.
+            metric: A metric of these inputs.
+
+        Returns:
+            The rate, in 0..1.
+
+        Raises:
+            KeyError: The table has no such row.
+        """
         row = (self.table["inputs"] == inputs) & (self.table["metric"] == metric)
         if not row.any():
             raise KeyError(
