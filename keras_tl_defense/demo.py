@@ -130,21 +130,7 @@ class Demo:
     def _make_teacher(self) -> Any:
         if self.teacher is not None:
             return load_teacher(self.teacher)
-        shapes = synthetic.load_shapes(train_per_class=150, seed=self.seed)
-        teacher = build_teacher(shapes.image_shape, shapes.classes)
-        teacher.compile(
-            optimizer=keras.optimizers.Adam(1e-3),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
-        teacher.fit(
-            shapes.x_train.astype(np.float32),
-            shapes.y_train,
-            validation_data=(shapes.x_test.astype(np.float32), shapes.y_test),
-            batch_size=64,
-            epochs=12,
-        )
-        return teacher
+        return train_synthetic_teacher(self.seed)
 
     def _attack(self, teacher: Any, student: Any, dataset: ImageDataset) -> dict[str, AttackResult]:
         x, y = dataset.x_test, dataset.y_test
@@ -203,6 +189,32 @@ class Demo:
             "little from run to run.\n\n"
             f"Seconds: {seconds}.\n"
         )
+
+
+def train_synthetic_teacher(seed: int) -> Any:
+    """A Teacher of drawn shapes.
+
+    Args:
+        seed: Decides what is drawn. What is learned depends on Keras's own seed, too.
+
+    Returns:
+        A trained Keras model, as from `build_teacher`.
+    """
+    shapes = synthetic.load_shapes(train_per_class=150, seed=seed)
+    teacher = build_teacher(shapes.image_shape, shapes.classes)
+    teacher.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    teacher.fit(
+        shapes.x_train.astype(np.float32),
+        shapes.y_train,
+        validation_data=(shapes.x_test.astype(np.float32), shapes.y_test),
+        batch_size=64,
+        epochs=12,
+    )
+    return teacher
 
 
 def writable_folder(path: Path) -> Path:
