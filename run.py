@@ -41,6 +41,7 @@ def set_up(extras: str) -> None:
             run(sys.executable, "-m", "venv", VENV)
         except SystemExit:
             sys.exit("No virtual environment could be made. On Debian: apt install python3-venv")
+    print("Installing TensorFlow and what else is needed: a minute or two, 2.5 GB.", flush=True)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--editable", f".{extras}")
     stamp.write_text(state, encoding="utf-8")
 
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     """Run the command that the arguments name."""
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever starts this may have any Python
         sys.exit(f"Python 3.10 or newer is needed. This is {sys.version.split()[0]}.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     if arguments[:1] == ["demo"]:
         set_up("")
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> None:
     elif arguments == ["test"]:
         set_up("[dev]")
         test()
+    elif arguments in (["-h"], ["--help"]):
+        print(USAGE)
     else:
         sys.exit(USAGE)
 

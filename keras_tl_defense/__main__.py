@@ -26,11 +26,27 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--data", choices=DATA, default="synthetic", help="what to classify")
-    demo.add_argument("--data-root", type=Path, metavar="DIR", help="folder of gtsrb or lfw")
-    demo.add_argument("--teacher", type=Path, metavar="FILE", help="Keras model, gtsrb or lfw")
+    demo.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder with gtsrb32.npz or the official GTSRB folders, or with lfw64.npz",
+    )
+    demo.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        help="Keras model of square RGB images in 0..255, for gtsrb and lfw",
+    )
     demo.add_argument("--cut", default="flatten", help="last layer taken from the Teacher")
-    demo.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder for the report, the pictures and the SavedModel",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of drawing, training and attacks")
     demo.add_argument("--attacks", type=int, default=60, metavar="N", help="attacks of each kind")
     options = vars(parser.parse_args(arguments))
     del options["command"]

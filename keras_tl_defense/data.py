@@ -117,10 +117,12 @@ def check_images(x: Any, shape: tuple[int | None, ...], name: str = "x") -> np.n
         want is None or have == want for have, want in zip(x.shape[1:], shape, strict=True)
     )
     if not fits:
-        hint = " Add the batch dimension: x[None]." if x.ndim == len(shape) else ""
+        hint = "Resize or convert them to what the model takes."
+        if x.ndim == len(shape):
+            hint = "Add the batch dimension: x[None]."
         raise ValueError(
-            f"Images must have shape (n, {', '.join(map(str, expected))}).{hint} Resize them to "
-            f"what the model takes. Received: {name}.shape={x.shape}"
+            f"Images must have shape (n, {', '.join(map(str, expected))}). {hint} "
+            f"Received: {name}.shape={x.shape}"
         )
     if len(x) == 0:
         raise ValueError(f"At least one image is needed. Received: {name}.shape={x.shape}")

@@ -61,9 +61,13 @@ class Demo:
         real = self.data != "synthetic"
         if self.data not in DATA:
             raise ValueError(f"`data` must be one of {DATA}. Received: data={self.data!r}")
+        if real and (self.data_root is None or self.teacher is None):
+            raise ValueError(
+                f"`--data {self.data}` needs --data-root DIR, the folder of the images, and "
+                "--teacher FILE, a Keras model. "
+                f"Received: --data-root {self.data_root} --teacher {self.teacher}"
+            )
         for option, value in (("--data-root", self.data_root), ("--teacher", self.teacher)):
-            if real and value is None:
-                raise ValueError(f"`--data {self.data}` needs {option}. Received: nothing")
             if not real and value is not None:
                 raise ValueError(
                     f"`--data synthetic` draws its images and trains its Teacher. Leave {option} "
@@ -182,8 +186,10 @@ class Demo:
             f"{len(attacks['targeted mimicry'].adversarial)} test images each. The attacker knows "
             "the Teacher and not the defence.\n\n"
             f"{report.to_markdown()}\n"
+            "![Rates](rates.png)\n\n![Attacks that fool the undefended Student](attacks.png)\n\n"
             "`retention`: accepted of the clean images that the Student answers rightly. "
-            "`accepted`: crafted images accepted, whatever the answer. Success: within budget and "
+            "`accepted`: crafted images accepted, those that fool nobody and are answered rightly "
+            "among them. Success: within budget and "
             "answered as the target (targeted) or not as the source (non-targeted). The draw of "
             "the differentiators is secret and new in every run, so the defended rates differ a "
             "little from run to run.\n\n"

@@ -268,6 +268,8 @@ class TestBadInput:
             attack(x, np.full(x.shape, np.nan))
         with pytest.raises(ValueError, match=r"one label for each.*Received: y_source.shape"):
             attack(x, x, np.zeros(2, int), np.zeros(3, int))
+        with pytest.raises(ValueError, match="`untargeted`"):
+            attack(x, x, np.zeros(3, int))
         with pytest.raises(ValueError, match=r"of another class.*y_source\[1\]=y_target\[1\]=4"):
             attack(x, x, np.array([0, 4, 2]), np.array([1, 4, 3]))
         with pytest.raises(TypeError, match="`preprocessing` must be a callable"):

@@ -25,8 +25,11 @@ LEGACY = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "gtsrb"], "`--data gtsrb` needs --data-root"),
-        (["--data", "lfw", "--data-root", "."], "`--data lfw` needs --teacher"),
+        (["--data", "gtsrb"], "`--data gtsrb` needs --data-root DIR"),
+        (
+            ["--data", "lfw", "--data-root", "."],
+            "`--data lfw` needs --data-root DIR, the folder of the images, and --teacher",
+        ),
         (["--data-root", "."], "Leave --data-root out"),
         (["--attacks", "0"], "`attacks` must be an integer of at least 1"),
         (

@@ -316,6 +316,12 @@ def test_the_same_seed_gives_the_same_heads_and_another_key(student: Any, images
     assert (members[0] != members[1]).any()
 
 
+def test_what_is_fixed_cannot_be_set(defence: Any) -> None:
+    for name in ("reject_threshold", "ensemble_size"):
+        with pytest.raises(AttributeError):
+            setattr(defence, name, 2)
+
+
 def test_the_student_is_left_as_it_was(images: Images) -> None:
     keras.utils.set_random_seed(2)
     student = train(build_student(), images, epochs=1)

@@ -96,6 +96,7 @@ def test_pictures(
     report = ktd.evaluate_defence(defence, images.x_test, images.y_test, attacks=results, verbose=0)
     bars = report.plot().axes[0].patches
     np.testing.assert_allclose([bar.get_width() for bar in bars], report.table["rate"])
+    assert "untargeted" in repr(report)
     assert set(report.details) == {"targeted", "untargeted"}
     names = [f"class {c}" for c in range(6)]
     result = results["targeted"]
@@ -127,6 +128,10 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
     shifted = AttackResult(**{**vars(result), "y_target": result.y_target + 1})
     with pytest.raises(ValueError, match=r"in 0..5.*attacks\['a'\].y_target from 1 to 6"):
         ktd.evaluate_defence(defence, x, y, attacks={"a": shifted}, verbose=0)
+    for wrong in (result, {"a": x}):
+        with pytest.raises(TypeError, match=r'attacks=\{"mimicry": result\}'):
+            ktd.evaluate_defence(defence, x, y, attacks=wrong, verbose=0)
+    assert repr(result) == "AttackResult(60 targeted attacks, 40 within budget)"
     with pytest.raises(ValueError, match='cannot be called "clean"'):
         ktd.evaluate_defence(defence, x, y, attacks={"clean": result}, verbose=0)
 

@@ -117,9 +117,24 @@ def test_preprocessing_is_saved_when_it_can_be(
             keras.models.load_model(path).predict(images.x_test, verbose=0),
             defence.predict(images.x_test, verbose=0),
         )
+    before = path.read_bytes()
     defence = ktd.DifferentiatorEnsemble(student, 0.5, preprocessing=lambda x: x / 2)
     with pytest.raises(ValueError, match="plain function cannot be saved"):
-        defence.save(tmp_path / "lambda.keras")
+        defence.save(path)
+    assert path.read_bytes() == before
+
+
+def test_files_that_cannot_be_saved(defence: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ends in \.keras"):
+        defence.save(tmp_path / "defence.h5")
+    (tmp_path / "file").write_text("in the way")
+    for folder in ("file", "missing"):
+        with pytest.raises(OSError, match=r"cannot be written .*Received: filepath="):
+            defence.save(tmp_path / folder / "defence.keras")
+    defence.save(tmp_path / "defence.keras")
+    with pytest.raises(ValueError, match="The file exists"):
+        defence.save(tmp_path / "defence.keras", overwrite=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["defence.keras", "file"]
 
 
 def tampered(path: Path, preprocessing: dict[str, Any]) -> Path:
@@ -170,6 +185,7 @@ def test_a_teacher_file_with_a_lambda_is_refused(tmp_path: Path) -> None:
             ktd.teachers.load_teacher(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:No layer is pruned")
 @pytest.mark.parametrize("ratios", [0, np.float32(0.5), {"conv1": np.float64(0.5)}])
 def test_any_number_will_do_as_a_ratio(student: Any, ratios: Any, tmp_path: Path) -> None:
     defence = ktd.DifferentiatorEnsemble(student, ratios)
@@ -197,7 +213,8 @@ def test_a_file_that_would_run_code_is_refused(images: Images, tmp_path: Path) -
     conv.trainable = False
     x = keras.layers.Lambda(lambda t: t + 1)(conv(inputs))
     student = keras.Model(inputs, keras.layers.Dense(6)(keras.layers.Flatten()(x)))
-    defence = ktd.DifferentiatorEnsemble(student, 0)
+    with pytest.warns(UserWarning, match="No layer is pruned"):
+        defence = ktd.DifferentiatorEnsemble(student, 0)
     defence.save(tmp_path / "lambda.keras")
     with pytest.raises((ValueError, TypeError), match=r"(?i)lambda"):
         keras.models.load_model(tmp_path / "lambda.keras")

@@ -39,6 +39,11 @@ class AttackResult:
     y_source: np.ndarray | None
     y_target: np.ndarray | None
 
+    def __repr__(self) -> str:
+        kind = "targeted" if self.targeted else "non-targeted"
+        within = int(self.within_budget.sum())
+        return f"AttackResult({len(self.adversarial)} {kind} attacks, {within} within budget)"
+
     @property
     def targeted(self) -> bool:
         """Whether a certain class was to be reached."""

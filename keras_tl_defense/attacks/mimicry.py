@@ -121,6 +121,12 @@ class MimicryAttack:
         _check_count("x_target", target, "x_source", source)
         source_classes = _check_classes(y_source, len(source), "y_source")
         target_classes = _check_classes(y_target, len(source), "y_target")
+        if (source_classes is None) != (target_classes is None):
+            raise ValueError(
+                "Whether a targeted attack succeeds depends on both classes. Pass `y_source` and "
+                "`y_target`, or neither; where any other class will do, use `untargeted`. "
+                f"Received: y_source={y_source is not None}, y_target={y_target is not None}"
+            )
         if source_classes is not None and target_classes is not None:
             same = np.flatnonzero(source_classes == target_classes)
             if len(same):

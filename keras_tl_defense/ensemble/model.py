@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,8 +119,8 @@ class DifferentiatorEnsemble(keras.Model):
             )
         self.cut = graph.steps[graph.producer[tensor]].name
         self.preprocessing = check_callable("preprocessing", preprocessing)
-        self.ensemble_size = check_ensemble_size(ensemble_size, self.classes)
-        self.reject_threshold = check_integer(
+        self._ensemble_size = check_ensemble_size(ensemble_size, self.classes)
+        self._reject_threshold = check_integer(
             "reject_threshold",
             reject_threshold,
             1,
@@ -128,6 +130,12 @@ class DifferentiatorEnsemble(keras.Model):
         self.seed = seed
         layers = [block.name for block in find_blocks(graph, before=tensor)]
         self.layer_ratios = resolve_ratios(ratios, layers)
+        if not self.layer_ratios:
+            warnings.warn(
+                "No layer is pruned, so the differentiators see what the Student sees and protect "
+                f"hardly at all. Received: ratios={ratios!r}",
+                stacklevel=2,
+            )
         self._ratios = dict(ratios) if isinstance(ratios, Mapping) else float(ratios)
         self._bank = DifferentiatorBank(
             graph, tensor, dict(self.layer_ratios), self.classes, name="differentiators"
@@ -142,6 +150,16 @@ class DifferentiatorEnsemble(keras.Model):
         self._optimizer_config: Any = None
         self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
         self.built = True
+
+    @property
+    def ensemble_size(self) -> int:
+        """Differentiators that check an input; fixed when the defence is made."""
+        return self._ensemble_size
+
+    @property
+    def reject_threshold(self) -> int:
+        """Disagreements that reject an input; fixed when the defence is made."""
+        return self._reject_threshold
 
     @property
     def pairs(self) -> np.ndarray:
@@ -364,11 +382,49 @@ class DifferentiatorEnsemble(keras.Model):
         """
         return pd.DataFrame(self._bank.kept(), columns=["layer", "units", "kept"])
 
+    def save(self, filepath: str | Path, overwrite: bool = True, **options: Any) -> None:
+        """Write a `.keras` file, for `keras.models.load_model` of the same Keras generation.
+
+        The process that loads it imports `keras_tl_defense` before. The file appears whole or not
+        at all; it holds the secret key.
+
+        Args:
+            filepath: Where to write, ending in `.keras`.
+            overwrite: Whether a file that is there may be replaced.
+            **options: Passed to `keras.Model.save`.
+
+        Raises:
+            ValueError: The name does not end in `.keras`, the file exists and may not be replaced,
+                or `preprocessing` cannot be saved.
+            OSError: The folder cannot be written.
+        """
+        path = Path(filepath)
+        if path.suffix != ".keras":
+            raise ValueError(
+                "A defence is saved in Keras's own format. Give a name that ends in .keras. "
+                f"Received: filepath={str(path)!r}"
+            )
+        if path.exists() and not overwrite:
+            raise ValueError(
+                f"The file exists. Pass overwrite=True. Received: filepath={str(path)!r}"
+            )
+        self.get_config()
+        try:
+            with tempfile.TemporaryDirectory(prefix=".save-", dir=path.parent) as unfinished:
+                whole = Path(unfinished) / path.name
+                super().save(str(whole), **options)
+                whole.replace(path)
+        except OSError as error:
+            raise OSError(
+                f"The file cannot be written ({error.strerror or error}). Choose a folder that "
+                f"exists and that you may write to. Received: filepath={str(path)!r}"
+            ) from error
+
     def export(self, path: str | Path) -> Path:
         """Write a SavedModel for TF Serving, which answers without this library.
 
-        Its signature `serving_default` takes images of shape `(batch, H, W, C)` in 0..255 and
-        returns what `explain` does, less `members`.
+        Its signature `serving_default` takes float32 images of shape `(batch, H, W, C)` in 0..255
+        and returns what `explain` does, less `members`.
 
         Args:
             path: Folder. When its last part is not a version number, the next free one is added.

@@ -37,6 +37,9 @@ class DefenceReport:
         self.table = table
         self.details = dict(details or {})
 
+    def __repr__(self) -> str:
+        return f"DefenceReport\n{self.table.to_string(index=False, float_format='{:.3f}'.format)}"
+
     def rate(self, inputs: str, metric: str) -> float:
         """One rate of the table.
 
@@ -123,7 +126,15 @@ def evaluate_defence(
     clean = defence.evaluate(x_test, y_test, batch_size=batch_size, verbose=verbose)
     rows += [("clean", metric, *astuple(rate)) for metric, rate in clean.items()]
     shape = tuple(defence.student.inputs[0].shape)[1:]
-    for name, result in (attacks or {}).items():
+    attacks = {} if attacks is None else attacks
+    if not isinstance(attacks, Mapping) or not all(
+        isinstance(result, AttackResult) for result in attacks.values()
+    ):
+        raise TypeError(
+            'Attacks are given by name, as `attacks={"mimicry": result}` with what the attack '
+            f"returned. Received: attacks={type(attacks).__name__}"
+        )
+    for name, result in attacks.items():
         if name == "clean":
             raise ValueError(
                 'An attack cannot be called "clean", as the clean images are. Rename it. '
