@@ -134,18 +134,7 @@ class MimicryAttack:
                     "A target must be of another class than its source, or nothing is attacked. "
                     f"Received: y_source[{same[0]}]=y_target[{same[0]}]={source_classes[same[0]]}"
                 )
-        bar = self._progress(len(source), self.steps, verbose)
-        adversarial, distance, dissimilarity = self._craft(source, target, self.steps, bar)
-        return AttackResult(
-            adversarial,
-            distance,
-            dissimilarity,
-            dissimilarity <= self.budget,
-            source,
-            target,
-            source_classes,
-            target_classes,
-        )
+        return self._attack(source, target, source_classes, target_classes, verbose)
 
     def untargeted(
         self,
@@ -183,6 +172,7 @@ class MimicryAttack:
                 f"Received: x_candidates.shape={candidates.shape}"
             )
         _check_count("x_candidates", candidates, "x_source", source)
+        source_classes = _check_classes(y_source, len(source), "y_source")
         n, m = candidates.shape[:2]
         flat = self._check(candidates.reshape(n * m, *candidates.shape[2:]), "x_candidates")
         probe = min(_PROBE_STEPS, self.steps)
@@ -191,7 +181,28 @@ class MimicryAttack:
         relative = distance / np.maximum(self._feature_lengths(flat), 1e-12)
         best = relative.reshape(n, m).argmin(axis=1)
         target = candidates[np.arange(n), best]
-        return self(source, target, y_source, verbose=verbose)
+        return self._attack(source, target, source_classes, None, verbose)
+
+    def _attack(
+        self,
+        source: np.ndarray,
+        target: np.ndarray,
+        y_source: np.ndarray | None,
+        y_target: np.ndarray | None,
+        verbose: int | str,
+    ) -> AttackResult:
+        bar = self._progress(len(source), self.steps, verbose)
+        adversarial, distance, dissimilarity = self._craft(source, target, self.steps, bar)
+        return AttackResult(
+            adversarial=adversarial,
+            distance=distance,
+            dssim=dissimilarity,
+            within_budget=dissimilarity <= self.budget,
+            source=source,
+            target=target,
+            y_source=y_source,
+            y_target=y_target,
+        )
 
     def _check(self, images: Any, name: str) -> np.ndarray:
         images = check_images(images, self._graph.input_shape, name)
