@@ -259,7 +259,11 @@ def test_what_is_not_known_to_keep_channels_apart_is_refused(layer: Any) -> None
     MaskedBody(graph, graph.output, [])
 
 
-@pytest.mark.parametrize("operation", [lambda x: x * 2 + 1, keras.activations.relu])
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x * 2 + 1, keras.activations.relu, layers.Activation("softmax")],
+    ids=["arithmetic", "relu", "softmax"],
+)
 def test_a_bare_operation_on_a_pruned_channel_is_refused(operation: Any) -> None:
     inputs = keras.Input((8, 8, 3))
     x = operation(layers.Conv2D(4, 3, name="conv")(inputs))

@@ -137,22 +137,25 @@ def test_files_that_cannot_be_saved(defence: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["defence.keras", "file"]
 
 
-def tampered(path: Path, preprocessing: dict[str, Any]) -> Path:
-    """A copy of a saved defence with another `preprocessing` in its configuration."""
+def tampered(path: Path, part: str, field: str, foreign: dict[str, Any]) -> Path:
+    """A copy of a saved defence with something else in its configuration."""
     other = path.with_name("tampered.keras")
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other, "w") as copy:
         for name in archive.namelist():
             content = archive.read(name)
             if name == "config.json":
                 config = json.loads(content)
-                config["config"]["preprocessing"] = preprocessing
+                config[part][field] = foreign
                 content = json.dumps(config).encode()
             copy.writestr(name, content)
     return other
 
 
 @pytest.mark.parametrize(
-    "preprocessing",
+    ("part", "field"), [("config", "preprocessing"), ("compile_config", "optimizer")]
+)
+@pytest.mark.parametrize(
+    "foreign",
     [
         {"module": "os", "class_name": "function", "config": "system", "registered_name": "system"},
         {"module": "builtins", "class_name": "function", "config": "print"},
@@ -167,13 +170,18 @@ def tampered(path: Path, preprocessing: dict[str, Any]) -> Path:
     ids=["os.system", "print", "class", "nested class"],
 )
 def test_a_file_that_names_foreign_code_is_refused(
-    preprocessing: dict[str, Any], defence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str,
+    field: str,
+    foreign: dict[str, Any],
+    defence: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     defence.save(tmp_path / "defence.keras")
     with pytest.raises((ValueError, TypeError), match=r"(?i)neither Keras's own|could not"):
-        keras.models.load_model(tampered(tmp_path / "defence.keras", preprocessing))
+        keras.models.load_model(tampered(tmp_path / "defence.keras", part, field, foreign))
 
 
 def test_a_teacher_file_with_a_lambda_is_refused(tmp_path: Path) -> None:

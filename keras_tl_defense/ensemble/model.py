@@ -477,6 +477,7 @@ class DifferentiatorEnsemble(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model as it was."""
+        check_loadable(config)
         self.compile(keras.optimizers.deserialize(config["optimizer"]))
 
     def _explain(

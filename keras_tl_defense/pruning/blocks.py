@@ -162,7 +162,7 @@ def _block_end(graph: ModelGraph, step: Step, inside: set[int]) -> int:
     tensor = step.outputs[0]
     while len(graph.consumers[tensor]) == 1 and graph.consumers[tensor][0] in inside:
         follower = graph.steps[graph.consumers[tensor][0]]
-        if not isinstance(follower.layer, _CHAIN):
+        if not isinstance(follower.layer, _CHAIN) or _softmax(follower.layer):
             break
         tensor = follower.outputs[0]
     return tensor
