@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import numpy as np
 import pytest
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may be busy
+hypothesis.settings.load_profile("unhurried")
 
 KEY = bytes(range(16))
 SIZE, CLASSES = 12, 6
