@@ -117,7 +117,7 @@ def test_synthetic(tmp_path: Path) -> None:
 def test_traffic_signs(data_folder: Path, tmp_path: Path) -> None:
     rates = run_demo(
         tmp_path,
-        *("--data", "gtsrb", "--data-root", str(data_folder), "--attacks", "30"),
+        *("--data", "gtsrb", "--data-root", str(data_folder), "--attacks", "60"),
         *("--teacher", str(data_folder / "vgg32_tiny_imagenet.h5")),
     )
     assert rates["clean", "student_accuracy"] > 0.55
@@ -139,4 +139,4 @@ def test_faces(cut: str, accuracy: float, data_folder: Path, tmp_path: Path) -> 
     assert rates["clean", "retention"] > 0.6
     assert rates["non-targeted mimicry", "undefended_success"] > 0.85
     for attack in ("targeted mimicry", "non-targeted mimicry"):
-        assert rates[attack, "defended_success"] < 0.7 * rates[attack, "undefended_success"]
+        assert rates[attack, "defended_success"] < 0.8 * rates[attack, "undefended_success"]
