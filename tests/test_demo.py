@@ -106,7 +106,7 @@ def test_synthetic(tmp_path: Path) -> None:
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used < 2 * 240  # four minutes of two cores, whatever else runs on them
     assert rates["clean", "student_accuracy"] > 0.85
-    assert rates["clean", "retention"] > 0.85
+    assert rates["clean", "retention"] > 0.7
     for attack in ("targeted mimicry", "non-targeted mimicry"):
         assert rates[attack, "undefended_success"] > 0.25
         assert rates[attack, "defended_success"] < 0.8 * rates[attack, "undefended_success"]
