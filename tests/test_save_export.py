@@ -160,6 +160,7 @@ def tampered(path: Path, part: str, field: str, foreign: dict[str, Any]) -> Path
         {"module": "os", "class_name": "function", "config": "system", "registered_name": "system"},
         {"module": "builtins", "class_name": "function", "config": "print"},
         {"module": "evil", "class_name": "Evil", "config": {}, "registered_name": None},
+        {"module": "evil", "class_name": "tests>halve", "config": {}, "registered_name": None},
         {
             "module": "keras",
             "class_name": "Sequential",
@@ -167,7 +168,7 @@ def tampered(path: Path, part: str, field: str, foreign: dict[str, Any]) -> Path
             "registered_name": None,
         },
     ],
-    ids=["os.system", "print", "class", "nested class"],
+    ids=["os.system", "print", "class", "class of a known name", "nested class"],
 )
 def test_a_file_that_names_foreign_code_is_refused(
     part: str,

@@ -80,9 +80,9 @@ def check_loadable(config: Any, custom_objects: Any = None) -> None:
         return
     function = config["class_name"] == "function"
     module = str(config.get("module") or "keras")
-    names = {config.get("registered_name"), config["config"] if function else config["class_name"]}
+    name = config["config"] if function else config.get("registered_name")
     known = {**keras.utils.get_custom_objects(), **(custom_objects or {})}
-    if any(isinstance(name, str) and name in known for name in names):
+    if isinstance(name, str) and name in known:  # what Keras looks up before it imports anything
         return
     if function or module.split(".")[0] not in ("keras", "tf_keras"):
         raise ValueError(
