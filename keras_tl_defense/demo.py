@@ -101,8 +101,7 @@ class Demo:
         with self._timed("adapt"):
             defence.adapt(x_train, y_train)
         with self._timed("fit"):
-            defence.compile(optimizer="adam")
-            defence.fit(x_train, y_train, epochs=5)
+            defence.fit(x_train, y_train)
         with self._timed("evaluate"):
             report = evaluate_defence(defence, dataset.x_test, dataset.y_test, attacks)
         with self._timed("export"):

@@ -186,6 +186,19 @@ class ModelGraph:
             values.update(zip(step.outputs, step(values), strict=True))
         return values
 
+    def bottlenecks(self, tensor: int) -> list[int]:
+        """Numbers of the tensors that everything passes through on its way to `tensor`."""
+        numbers = self.ancestors(tensor)
+        last = {t: number for number in numbers for t in self.steps[number].inputs}
+        live = {self.input}
+        found: list[int] = []
+        for number in numbers:
+            live.update(self.steps[number].outputs)
+            live = {t for t in live if t == tensor or last.get(t, -1) > number}
+            if len(live) == 1:
+                found.extend(live)
+        return found
+
     def find_cut(self) -> int:
         """Number of the last tensor all of whose weighted ancestors are frozen.
 
@@ -196,18 +209,14 @@ class ModelGraph:
             ValueError: No layer is frozen, or every layer is.
         """
         cut = None
-        live = {self.input}
+        bottlenecks = set(self.bottlenecks(self.output))
         weighted = False
-        for index, step in enumerate(self.steps):
+        for step in self.steps:
             if not step.frozen:
                 break
             weighted = weighted or bool(getattr(step.layer, "weights", ()))
-            live.update(step.outputs)
-            live = {
-                t for t in live if t == self.output or max(self.consumers[t], default=-1) > index
-            }
-            if weighted and len(live) == 1:
-                (cut,) = live
+            if weighted and step.outputs[0] in bottlenecks:
+                cut = step.outputs[0]
         else:
             raise ValueError(
                 f"Every layer of the {self.role} is frozen, so it cannot be seen which part comes "

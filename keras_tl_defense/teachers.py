@@ -10,6 +10,8 @@ import numpy as np
 
 from keras_tl_defense._keras import LEGACY, keras
 
+_DROPOUT = 0.5
+
 
 def build_teacher(
     input_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...] = (24, 48, 96)
@@ -83,7 +85,8 @@ def make_student(
 ) -> Any:
     """A deep-layer Student: the Teacher's layers up to `cut`, frozen, and one Dense of its own.
 
-    The Dense layer is trained on features that are computed once.
+    The Dense layer is trained on features that are computed once, centred and scaled; both are
+    folded into its weights.
 
     Args:
         teacher: A Keras model.
@@ -109,14 +112,21 @@ def make_student(
     base = keras.Model(teacher.inputs[0], teacher.get_layer(cut).output, name="base")
     base.trainable = False
     features = base.predict(x.astype(np.float32), verbose=verbose)
-    flatten = [keras.layers.Flatten()] if features.ndim > 2 else []
-    head = keras.Sequential(
-        [keras.Input(features.shape[1:]), *flatten, keras.layers.Dense(classes)], name="head"
+    shape = features.shape[1:]
+    features = features.reshape(len(features), -1)
+    mean, scale = features.mean(axis=0), features.std() + 1e-6
+    dense = keras.layers.Dense(classes)
+    trained = keras.Sequential(
+        [keras.Input(features.shape[1:]), keras.layers.Dropout(_DROPOUT), dense]
     )
-    head.compile(
+    trained.compile(
         optimizer=keras.optimizers.Adam(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    head.fit(features, y, batch_size=64, epochs=epochs, verbose=verbose)
+    trained.fit((features - mean) / scale, y, batch_size=64, epochs=epochs, verbose=verbose)
+    kernel, bias = dense.get_weights()
+    dense.set_weights([kernel / scale, bias - mean @ kernel / scale])
+    flatten = [keras.layers.Flatten()] if len(shape) > 1 else []
+    head = keras.Sequential([keras.Input(shape), *flatten, dense], name="head")
     inputs = keras.Input(teacher.inputs[0].shape[1:])
     return keras.Model(inputs, head(base(inputs, training=False)), name="student")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense._validation import check_integer
+from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.graph import ModelGraph
 
 
@@ -90,3 +90,35 @@ def check_loadable(config: Any, custom_objects: Any = None) -> None:
             "import the module that registers it, or pass `custom_objects`. "
             f"Received: {config['class_name']} {config.get('registered_name')!r} of {module!r}"
         )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """The value itself; `ValueError` when it is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+    return value
+
+
+def check_retention(retention: Any) -> float:
+    """A share of inputs, in (0, 1)."""
+    value = check_positive("retention", retention)
+    if value >= 1:
+        raise ValueError(
+            "A retention is the share of honest inputs that are kept, between 0 and 1. To keep "
+            f"them all, reject nothing. Received: retention={retention}"
+        )
+    return value
+
+
+def head_tensor(graph: ModelGraph, cut: int, head_layer: str | None) -> int:
+    """Number of the tensor that the heads read: a layer's output on the way to the cut."""
+    if head_layer is None:
+        return cut
+    tensor = graph.layer_output(head_layer)
+    names = [graph.steps[index].name for index in graph.ancestors(cut)]
+    if tensor != cut and graph.steps[graph.producer[tensor]].name not in names:
+        raise ValueError(
+            "The heads must read a frozen layer, at the cut or before it. Those are: "
+            f"{', '.join(names)}. Received: head_layer={head_layer!r}"
+        )
+    return tensor

@@ -22,6 +22,9 @@ from keras_tl_defense.pruning.masks import (
     pruned_count,
 )
 
+LEVELS = (1.0, 0.75, 0.5)
+"""Shares of the common ratios; a differentiator that they leave too little takes the next."""
+
 _TOO_MANY_BYTES = 8 << 30
 
 
@@ -30,81 +33,123 @@ class DifferentiatorBank(keras.layers.Layer):
 
     Args:
         graph: The Student.
-        cut: Number of the tensor at which the frozen body ends.
+        tensor: Number of the tensor that the heads read; the frozen body ends there.
         ratios: Ratio of each pruned layer.
         classes: Number of classes K.
+        heads: Heads of each differentiator: 1, the first class against the second, or 2, each
+            against all other classes.
+        jitter: Standard deviation of the normal noise on the logarithms of the filters' scores.
 
     Attributes:
         pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
-        features: Size of the cut, flattened.
+        features: Size of the tensor, flattened.
         needs: Numbers of the tensors that `body_features` takes from a pass over the images.
     """
 
     def __init__(
-        self, graph: ModelGraph, cut: int, ratios: dict[str, float], classes: int, **kwargs: Any
+        self,
+        graph: ModelGraph,
+        tensor: int,
+        ratios: dict[str, float],
+        classes: int,
+        *,
+        heads: int,
+        jitter: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(trainable=False, **kwargs)
-        blocks = [b.checked() for b in find_blocks(graph, before=cut) if b.name in ratios]
+        blocks = [b.checked() for b in find_blocks(graph, before=tensor) if b.name in ratios]
         self._layout = _Layout(blocks, ratios)
-        self._body = MaskedBody(graph, cut, blocks)
-        self.needs = (cut,)
+        self._body = MaskedBody(graph, tensor, blocks)
+        self.needs = (tensor,)
         self._classes = classes
+        self._jitter = jitter
         self.pairs = np.stack(np.triu_indices(classes, 1), axis=1)
-        self.features = _feature_count(graph, cut)
+        self.features = _feature_count(graph, tensor)
         pairs = len(self.pairs)
-        _check_size(pairs, self.features)
+        _check_size(pairs, heads, self.features)
         add = self.add_weight
         filters = sum(block.units for block in self._layout.filters)
         self.filter_masks = add(
             name="filter_masks", shape=(pairs, filters), dtype="bool", initializer="ones"
         )
+        self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
+        self.levels = add(name="levels", shape=(pairs,), dtype="int32", initializer="zeros")
         self._activations, self._thresholds, self._ties = {}, {}, {}
-        for number, block in enumerate(self._layout.connections):
+        for number, block in enumerate(blocks):
             suffix = f"_{number}"
             self._activations[block.name] = add(
                 name="activations" + suffix, shape=(classes, block.units), initializer="zeros"
             )
-            self._thresholds[block.name] = add(
-                name="thresholds" + suffix, shape=(pairs,), initializer="zeros"
-            )
-            self._ties[block.name] = add(
-                name="ties" + suffix, shape=(pairs,), dtype="int64", initializer="zeros"
-            )
-        self.kernel = add(name="kernel", shape=(pairs, self.features), initializer="zeros")
-        self.bias = add(name="bias", shape=(pairs,), initializer="zeros")
+            if block.kind == "connections":
+                self._thresholds[block.name] = add(
+                    name="thresholds" + suffix, shape=(pairs,), initializer="zeros"
+                )
+                self._ties[block.name] = add(
+                    name="ties" + suffix, shape=(pairs,), dtype="int64", initializer="zeros"
+                )
+        self.kernel = add(name="kernel", shape=(pairs, heads, self.features), initializer="zeros")
+        self.bias = add(name="bias", shape=(pairs, heads), initializer="zeros")
         self.built = True
 
-    def prune(self, activations: ClassActivations) -> None:
-        """Set every differentiator's masks by the activations of its two classes."""
-        layout = self._layout
-        masks = [
-            filter_masks(
-                class_set_scores(activations[block.name], self.pairs), layout.ratios[block.name]
-            )
-            for block in layout.filters
-        ]
-        if masks:
-            self.filter_masks.assign(np.concatenate(masks, axis=1))
-        for block in layout.connections:
-            means = activations[block.name]
-            thresholds, ties = connection_thresholds(
-                np.array(block.step.layer.kernel),
-                class_set_scores(means, self.pairs),
-                layout.ratios[block.name],
-            )
-            self._activations[block.name].assign(means)
-            self._thresholds[block.name].assign(thresholds)
-            self._ties[block.name].assign(ties)
+    def prune(self, activations: ClassActivations, jitter_seed: np.ndarray) -> None:
+        """Set every differentiator's masks by the activations of its two classes.
 
-    def kept(self) -> list[tuple[str, int, int]]:
-        """Name, units and units kept of each pruned layer; a unit is a filter or a connection."""
-        rows = []
+        Args:
+            activations: The classes' mean activations.
+            jitter_seed: Two int64 that decide the noise on the scores.
+        """
         for block in self._layout.blocks:
-            units = block.units
-            if block.kind == "connections":
-                units = int(np.prod(block.step.layer.kernel.shape))
-            pruned = pruned_count(self._layout.ratios[block.name], units)
-            rows.append((block.name, units, units - pruned))
+            self._activations[block.name].assign(activations[block.name])
+        self.jitter_seed.assign(jitter_seed)
+        self.set_level(np.arange(len(self.pairs)), 0)
+
+    def set_level(self, members: np.ndarray, level: int) -> None:
+        """Prune some differentiators by `LEVELS[level]` of the ratios.
+
+        Args:
+            members: Int array of shape `(n,)`: their numbers.
+            level: A position in `LEVELS`.
+        """
+        layout = self._layout
+        self.levels.assign(_replaced(self.levels, members, level))
+        masks = []
+        for number, block in enumerate(layout.blocks):
+            ratio = LEVELS[level] * layout.ratios[block.name]
+            means = np.array(self._activations[block.name])
+            scores = class_set_scores(means, self.pairs[members])
+            if block.kind == "filters":
+                seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
+                noise = np.random.default_rng(seed).normal(size=(len(self.pairs), block.units))
+                masks.append(filter_masks(scores * np.exp(self._jitter * noise[members]), ratio))
+                continue
+            kernel = np.array(block.step.layer.kernel)
+            found = connection_thresholds(kernel, scores, ratio)
+            for weight, values in zip((self._thresholds, self._ties), found, strict=True):
+                weight[block.name].assign(_replaced(weight[block.name], members, values))
+        if masks:
+            whole = np.concatenate(masks, axis=1)
+            self.filter_masks.assign(_replaced(self.filter_masks, members, whole))
+
+    def set_heads(self, members: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> None:
+        """Set the heads of some differentiators, arrays of their number as first dimension."""
+        self.kernel.assign(_replaced(self.kernel, members, kernel))
+        self.bias.assign(_replaced(self.bias, members, bias))
+
+    def kept(self) -> list[tuple[int, int, str, int, int]]:
+        """Level, its differentiators, and name, units and units kept of each pruned layer.
+
+        A unit is a filter or a connection.
+        """
+        rows = []
+        counts = np.bincount(np.array(self.levels), minlength=len(LEVELS))
+        for level in np.flatnonzero(counts):
+            for block in self._layout.blocks:
+                units = block.units
+                if block.kind == "connections":
+                    units = int(np.prod(block.step.layer.kernel.shape))
+                pruned = pruned_count(LEVELS[level] * self._layout.ratios[block.name], units)
+                rows.append((int(level), int(counts[level]), block.name, units, units - pruned))
         return rows
 
     def index(self, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
@@ -135,14 +180,21 @@ class DifferentiatorBank(keras.layers.Layer):
             student_class: Int tensor of shape `(batch,)`.
 
         Returns:
-            Float tensor of shape `(batch, k)`: logits, negative where a member disagrees.
+            Float tensor of shape `(batch, k)`, negative where a member disagrees; +1 is usual for an
+            honest image of the class, -1 for one of another class.
         """
         flat = tf.reshape(members, [-1])
-        kernel = tf.gather(tf.convert_to_tensor(self.kernel), flat)
-        logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1)
-        logits += tf.gather(tf.convert_to_tensor(self.bias), flat)
         first = tf.gather(tf.constant(self.pairs[:, 0], tf.int32), members)
-        sign = tf.where(tf.equal(first, student_class[:, None]), 1.0, -1.0)
+        agrees = tf.equal(first, student_class[:, None])
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        if kernel.shape[1] == 1:
+            kernel, bias = tf.gather(kernel[:, 0], flat), tf.gather(bias[:, 0], flat)
+            sign = tf.where(agrees, 1.0, -1.0)
+        else:
+            chosen = tf.stack([flat, tf.cast(~tf.reshape(agrees, [-1]), tf.int32)], axis=1)
+            kernel, bias = tf.gather_nd(kernel, chosen), tf.gather_nd(bias, chosen)
+            sign = tf.ones(tf.shape(members))
+        logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1) + bias
         return tf.reshape(logits, tf.shape(members)) * sign
 
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
@@ -180,11 +232,19 @@ def _feature_count(graph: ModelGraph, cut: int) -> int:
     return int(count)
 
 
-def _check_size(pairs: int, features: int) -> None:
-    size = 4 * pairs * features
+def _replaced(weight: Any, rows: np.ndarray, values: Any) -> np.ndarray:
+    """The weight's values with some rows replaced."""
+    array = np.array(weight)
+    array[rows] = values
+    return array
+
+
+def _check_size(pairs: int, heads: int, features: int) -> None:
+    size = 4 * pairs * heads * features
     if size > _TOO_MANY_BYTES:
         raise ValueError(
             f"The heads of all {pairs} pairs of classes, each with {features} features, would take "
-            f"{size / 2**30:.1f} GiB. Cut the Student where it has fewer features, for example "
-            f"after a global pooling layer. Received: {pairs} pairs of {features} features"
+            f"{size / 2**30:.1f} GiB. Let them read a layer with fewer features, with `cut=` or "
+            f'`head_layer=`, or give each pair one head with `head="pair"`. '
+            f"Received: {pairs} pairs of {heads} heads with {features} features"
         )

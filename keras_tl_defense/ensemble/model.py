@@ -6,26 +6,31 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras, register
-from keras_tl_defense._validation import check_callable, check_integer
+from keras_tl_defense._validation import check_callable, check_integer, check_positive
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.data import HIGHEST_PIXEL, LOWEST_PIXEL, Batches
 from keras_tl_defense.ensemble.arguments import (
+    check_choice,
     check_ensemble_size,
     check_loadable,
+    check_retention,
     class_count,
+    head_tensor,
     key_words,
     serialize_preprocessing,
 )
-from keras_tl_defense.ensemble.bank import DifferentiatorBank
+from keras_tl_defense.ensemble.bank import LEVELS, DifferentiatorBank
+from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
+from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
-from keras_tl_defense.ensemble.training import sample_classes, train_heads
+from keras_tl_defense.ensemble.training import HeadKind, sample_classes, train_heads
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.blocks import find_blocks
@@ -33,6 +38,8 @@ from keras_tl_defense.pruning.ratios import resolve_ratios
 from keras_tl_defense.serving import export_saved_model
 
 _ADAPTED, _FITTED = 1, 2
+_DECISIONS = ("count", "score")
+_FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
 _LOWEST = float(np.finfo(np.float32).min)
 _BODY_BYTES = 64 << 20  # for one tensor of the rows that are computed at once, in training
 _ANSWER_BYTES = 256 << 20  # the same, in prediction
@@ -57,24 +64,39 @@ class DifferentiatorEnsemble(keras.Model):
             softmax). The layers that carry the Teacher's weights have `trainable=False`.
         ratios: Fraction of each layer's filters, or of a Dense layer's connections, that is pruned:
             one number in `[0, 1)` or a mapping from `fnmatch` patterns of layer names to numbers;
-            the first that matches counts, a layer that none matches is not pruned. The first
-            convolutions carry most of the protection, as in `{"conv1*": 0.85}`.
+            the first that matches counts, a layer that none matches is not pruned. `"auto"`, the
+            default, has `adapt` search the filters' ratios, and `head_layer` with them.
+        retention: Share of the honest inputs, of those that the Student answers rightly, that the
+            search and `calibrate` aim to keep. Defaults to `0.95`.
+        head: `"one_vs_rest"`, two heads for each differentiator, each of its classes against all
+            other classes; or `"pair"`, one head, the one class against the other, as in the paper.
+        head_layer: Name of the frozen layer that the heads read, the cut or one before it. Earlier
+            layers are harder to imitate and know less. Defaults to the cut, as in the paper, or to
+            what the search finds.
+        jitter: Standard deviation of normal noise on the logarithms of the filters' activations,
+            before they are ranked: differentiators that resemble each other less. Defaults to `1`;
+            `0` prunes exactly the least active filters, as in the paper.
         ensemble_size: Differentiators that check an input, at most K-1. Defaults to 5, or K-1 where
             that is less.
         reject_threshold: Number of disagreeing differentiators that rejects an input. Defaults to
-            `1`.
+            `1`. Counts until `calibrate` was called.
         cut: Name of the last frozen layer. Defaults to what `layer.trainable` says.
         preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
             registered function can be saved with the model.
-        seed: Makes training reproducible. The key never comes from it.
+        search_budget: How often the search may pass each of its images through the Student.
+            Defaults to `60`.
+        seed: Makes the search, the jitter and training reproducible. Who knows it can recompute the
+            differentiators' masks; the key never comes from it.
         key: Secret of the draw, 16 bytes. For tests; defaults to the operating system's randomness.
         **kwargs: Passed to `keras.Model`.
 
     Attributes:
         pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
-        layer_ratios: Ratio of each layer that is pruned.
+        ratios: Ratio of each layer that is pruned, or `"auto"` before `adapt`.
+        head_layer: Name of the layer that the heads read.
         cut: Name of the last frozen layer.
+        search_history: DataFrame, what the search measured; `None` where nothing was searched.
 
     Raises:
         TypeError: An argument has a wrong type.
@@ -83,8 +105,8 @@ class DifferentiatorEnsemble(keras.Model):
     Example:
         >>> defence = DifferentiatorEnsemble(student, {"conv1*": 0.85}, seed=0)
         >>> defence.adapt(x_train, y_train)
-        >>> defence.compile(optimizer="adam")
-        >>> history = defence.fit(x_train, y_train, epochs=5)
+        >>> history = defence.fit(x_train, y_train)
+        >>> retention = defence.calibrate(x_val, y_val, retention=0.9)
         >>> answers = defence.predict(x_test)  # 0 is "rejected", 1..K the Student's classes
         >>> bool(((answers >= 0) & (answers <= defence.classes)).all())
         True
@@ -96,12 +118,17 @@ class DifferentiatorEnsemble(keras.Model):
     def __init__(
         self,
         student: Any,
-        ratios: float | Mapping[str, float],
+        ratios: float | Mapping[str, float] | Literal["auto"] = "auto",
         *,
+        retention: float = 0.95,
+        head: HeadKind = "one_vs_rest",
+        head_layer: str | None = None,
+        jitter: float = 1.0,
         ensemble_size: int | None = None,
         reject_threshold: int = 1,
         cut: str | None = None,
         preprocessing: Any = None,
+        search_budget: int = 60,
         seed: int | None = None,
         key: bytes | None = None,
         **kwargs: Any,
@@ -111,13 +138,18 @@ class DifferentiatorEnsemble(keras.Model):
         self.student = student
         self._graph = graph
         self.classes = class_count(graph)
-        tensor = graph.find_cut() if cut is None else graph.layer_output(cut)
-        if tensor == graph.output:
+        self._cut = graph.find_cut() if cut is None else graph.layer_output(cut)
+        if self._cut == graph.output:
             raise ValueError(
                 "The cut must come before the student's output, where layers of its own follow. "
                 f"Received: cut={cut!r}, the output"
             )
-        self.cut = graph.steps[graph.producer[tensor]].name
+        self.cut = graph.steps[graph.producer[self._cut]].name
+        self.retention = check_retention(retention)
+        self.head = check_choice("head", head, ("pair", "one_vs_rest"))
+        head_tensor(graph, self._cut, head_layer)
+        self.head_layer = head_layer
+        self.jitter = 0.0 if jitter == 0 else check_positive("jitter", jitter)
         self.preprocessing = check_callable("preprocessing", preprocessing)
         self._ensemble_size = check_ensemble_size(ensemble_size, self.classes)
         self._reject_threshold = check_integer(
@@ -127,28 +159,46 @@ class DifferentiatorEnsemble(keras.Model):
             self.ensemble_size,
             "the number of differentiators that check an input",
         )
+        self.search_budget = check_integer("search_budget", search_budget, 1)
         self.seed = seed
-        layers = [block.name for block in find_blocks(graph, before=tensor)]
-        self.layer_ratios = resolve_ratios(ratios, layers)
-        if not self.layer_ratios:
+        self.ratios: Any = "auto"
+        self.search_history: pd.DataFrame | None = None
+        self._key = self._add_state("key", "int64", (2,))
+        self._key.assign(new_key() if key is None else key_words(key))
+        self._stage = self._add_state("stage", "int32")
+        self._decision = self._add_state("decision", "int32")
+        self._calibration = self._add_state("calibration", "float32", (4,))
+        self._bank: Any = None
+        if not isinstance(ratios, str) or ratios != "auto":
+            self._make_bank(ratios)
+        self._optimizer_config: Any = None
+        self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
+
+    def _add_state(self, name: str, dtype: str, shape: tuple[int, ...] = ()) -> Any:
+        return self.add_weight(
+            name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False
+        )
+
+    def _make_bank(self, ratios: float | Mapping[str, float]) -> None:
+        tensor = head_tensor(self._graph, self._cut, self.head_layer)
+        self.head_layer = self._graph.steps[self._graph.producer[tensor]].name
+        layers = [block.name for block in find_blocks(self._graph, before=tensor)]
+        self.ratios = resolve_ratios(ratios, layers)
+        if not self.ratios:
             warnings.warn(
                 "No layer is pruned, so the differentiators see what the Student sees and protect "
                 f"hardly at all. Received: ratios={ratios!r}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._ratios = dict(ratios) if isinstance(ratios, Mapping) else float(ratios)
         self._bank = DifferentiatorBank(
-            graph, tensor, dict(self.layer_ratios), self.classes, name="differentiators"
+            self._graph,
+            tensor,
+            dict(self.ratios),
+            self.classes,
+            heads=1 if self.head == "pair" else 2,
+            jitter=self.jitter,
+            name="differentiators",
         )
-        self._key = self.add_weight(
-            name="key", shape=(2,), dtype="int64", initializer="zeros", trainable=False
-        )
-        self._key.assign(new_key() if key is None else key_words(key))
-        self._stage = self.add_weight(
-            name="stage", shape=(), dtype="int32", initializer="zeros", trainable=False
-        )
-        self._optimizer_config: Any = None
-        self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
         self.built = True
 
     @property
@@ -164,12 +214,40 @@ class DifferentiatorEnsemble(keras.Model):
     @property
     def pairs(self) -> np.ndarray:
         """The two classes of each differentiator, int array of shape `(K(K-1)/2, 2)`."""
-        return self._bank.pairs
+        return np.stack(np.triu_indices(self.classes, 1), axis=1)
+
+    @property
+    def decision(self) -> str:
+        """What rejects an input: `"count"`, as many disagreements as `reject_threshold`, as in the
+        paper; or `"score"`, a score below the threshold of `calibrate`, which sets this.
+        """
+        return _DECISIONS[int(np.array(self._decision))]
+
+    @decision.setter
+    def decision(self, value: str) -> None:
+        check_choice("decision", value, _DECISIONS)
+        if value == "score" and self.calibration is None:
+            raise RuntimeError(
+                "There is no threshold to decide by. Call `calibrate(x_val, y_val)` first. "
+                "Received: decision='score'"
+            )
+        self._decision.assign(_DECISIONS.index(value))
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The score's threshold and what it keeps, or `None` before `calibrate`."""
+        asked, threshold, count, n = np.array(self._calibration).tolist()
+        if n == 0:
+            return None
+        kept = Rate.of(np.arange(int(n)) < count)
+        return Calibration(round(asked, 6), kept, threshold)
 
     def adapt(
         self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
     ) -> None:
         """Compute the classes' activations and prune the differentiators by them, afresh.
+
+        With `ratios="auto"` the first call searches the ratios, too; later calls keep them.
 
         Args:
             x: Training images of shape `(n, H, W, C)` in 0..255: array, tensor, or batched
@@ -179,16 +257,35 @@ class DifferentiatorEnsemble(keras.Model):
             verbose: 0 shows no progress bar.
 
         Raises:
-            ValueError: A class has no image, or the images are not in 0..255.
+            ValueError: A class has no image, or too few to search; or the images are not in 0..255.
         """
-        activations = ClassActivations(self.student, list(self.layer_ratios), cut=self.cut)
-        activations.adapt_batches(
-            self._batches(x, y, batch_size, labelled=True),
-            preprocessing=self.preprocessing,
-            verbose=verbose,
-        )
-        self._bank.prune(activations)
-        self._stage.assign(_ADAPTED)
+        batches = self._batches(x, y, batch_size, labelled=True)
+        if self._bank is None:
+            found = search_ratios(
+                self.student,
+                self.cut,
+                batches,
+                self.preprocessing,
+                head_layer=self.head_layer,
+                retention=self.retention,
+                jitter=self.jitter,
+                budget=self.search_budget,
+                seed=self.seed,
+                verbose=verbose,
+            )
+            self.search_history = found.history
+            self.head_layer = found.head_layer
+            self._make_bank(found.ratios)
+        activations = ClassActivations(self.student, list(self.ratios), cut=self.head_layer)
+        activations.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
+        seed = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
+        self._bank.prune(activations, seed.view(np.int64))
+        self._set_stage(_ADAPTED)
+
+    def _set_stage(self, stage: int) -> None:
+        self._stage.assign(stage)
+        self._decision.assign(0)
+        self._calibration.assign(np.zeros(4, np.float32))
 
     def compile(self, optimizer: Any = "adam") -> None:
         """Choose the optimizer of the differentiators' heads.
@@ -204,43 +301,38 @@ class DifferentiatorEnsemble(keras.Model):
         x: Any,
         y: Any = None,
         *,
-        epochs: int = 5,
         batch_size: int = 32,
         images_per_class: int = 100,
         verbose: int | str = "auto",
     ) -> Any:
-        """Train the head of every differentiator on the images of its two classes.
+        """Fit the heads of every differentiator.
+
+        A head is a ridge regression in closed form on the images of its classes and, with
+        `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
+        answered by the head that was fitted without it. A differentiator that tells held-out images
+        rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
 
         Args:
             x: Training images, as for `adapt`.
             y: Integer labels of shape `(n,)` in `0..K-1`.
-            epochs: Passes of each head over its images. Defaults to `5`.
-            batch_size: Images in a head's step. Defaults to `32`.
+            batch_size: Images per batch, for arrays.
             images_per_class: At most this many images of each class are used, chosen at random.
                 More take longer and reject fewer honest inputs. Defaults to `100`.
             verbose: 0 shows no progress bar.
 
         Returns:
-            A Keras `History` with the mean `loss` and `accuracy` of the heads in each epoch.
+            A Keras `History` with the mean held-out squared error (`loss`) and `accuracy` of the
+            heads, one entry for each level of pruning that was needed.
 
         Raises:
-            RuntimeError: `adapt` or `compile` was not called.
+            RuntimeError: `adapt` was not called.
             ValueError: A class has no image, or the data does not fit the Student.
         """
         self._require(_ADAPTED)
-        if self._optimizer_config is None:
-            raise RuntimeError(
-                'The model has no optimizer. Call `compile(optimizer="adam")` first.'
-            )
-        epochs = check_integer("epochs", epochs, 1)
-        batch_size = check_integer("batch_size", batch_size, 1)
         images_per_class = check_integer("images_per_class", images_per_class, 1)
         rng = np.random.default_rng(self.seed)
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True), images_per_class, rng
-        )
-        bar = keras.utils.Progbar(
-            len(self.pairs), verbose=0 if verbose == 0 else 1, unit_name="differentiator"
         )
 
         @tf.function(
@@ -254,30 +346,76 @@ class DifferentiatorEnsemble(keras.Model):
             values = self._graph.run(self._preprocess(images), self._bank.needs)
             return self._bank.body_features(values, rows, members)
 
-        heads = train_heads(
-            lambda images, rows, members: row_features(
-                images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
-            ),
-            sample,
-            self.pairs,
-            self._bank.features,
-            self._optimizer_config,
-            epochs=epochs,
-            batch_size=batch_size,
-            rows_at_once=self._bank.rows_at_once(_BODY_BYTES),
-            rng=rng,
-            progress=lambda count, figures: bar.add(count, list(figures.items())),
-        )
-        self._bank.kernel.assign(heads.kernel)
-        self._bank.bias.assign(heads.bias)
-        self._stage.assign(_FITTED)
+        members = np.arange(len(self.pairs))
+        loss, accuracy = np.zeros((2, len(members)))
         history = keras.callbacks.History()
-        history.epoch = list(range(epochs))
-        history.history = {
-            "loss": heads.loss.mean(axis=0).tolist(),
-            "accuracy": heads.accuracy.mean(axis=0).tolist(),
-        }
+        history.history = {"loss": [], "accuracy": []}
+        for level in range(len(LEVELS)):
+            self._bank.set_level(members, level)
+            bar = keras.utils.Progbar(
+                len(members), verbose=0 if verbose == 0 else 1, unit_name="differentiator"
+            )
+            heads = train_heads(
+                lambda images, rows, members: row_features(
+                    images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
+                ),
+                sample,
+                members,
+                self.pairs[members],
+                self._bank.features,
+                self.head,
+                rows_at_once=self._bank.rows_at_once(_BODY_BYTES),
+                rng=rng,
+                progress=bar.add,
+            )
+            self._bank.set_heads(members, heads.kernel, heads.bias)
+            loss[members], accuracy[members] = heads.loss, heads.accuracy
+            history.history["loss"].append(float(loss.mean()))
+            history.history["accuracy"].append(float(accuracy.mean()))
+            members = np.flatnonzero(accuracy < _FLOOR)
+            if not len(members) or not self.ratios:
+                break
+        history.epoch = list(range(len(history.history["loss"])))
+        self._set_stage(_FITTED)
         return history
+
+    def calibrate(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        retention: float | None = None,
+        batch_size: int = 32,
+        verbose: int | str = "auto",
+    ) -> Rate:
+        """Set the score's threshold on honest images, and decide by it from now on.
+
+        Args:
+            x: Images, as for `adapt`, that neither the Student nor the differentiators were trained
+                on. Of pictures of one thing, such as the frames of a film, all must be left out of
+                training.
+            y: Integer labels of shape `(n,)` in `0..K-1`.
+            retention: Share to keep of the images that the Student answers rightly, in (0, 1).
+                Defaults to the one given to the constructor.
+            batch_size: Images per batch, for arrays.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            The share that is kept of the images given, with its interval; also in `calibration`.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            ValueError: The Student answers too few of the images rightly.
+        """
+        asked = self.retention if retention is None else check_retention(retention)
+        batches = self._batches(x, y, batch_size, labelled=True)
+        details, labels = self._explain(batches, verbose)
+        scores = details["score"][details["student_class"] == labels]
+        threshold = score_threshold(scores, asked)
+        kept = Rate.of(scores >= threshold)
+        self._calibration.assign([asked, threshold, kept.count, kept.n])
+        self.decision = "score"
+        return kept
 
     def call(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Answer a batch, as `explain` does, as tensors and without an error for bad input.
@@ -307,13 +445,19 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
         disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
         disagreements = tf.where(finite, disagreements, self.ensemble_size)
-        accepted = disagreements < self.reject_threshold
+        score = tf.where(finite, tf.reduce_mean(margins, axis=1), _LOWEST)
+        calibration = tf.convert_to_tensor(self._calibration)
+        accepted = tf.where(
+            tf.equal(self._decision, 1),
+            finite & (score >= calibration[1]),
+            disagreements < self.reject_threshold,
+        )
         return {
             "answer": tf.where(accepted, student_class + 1, 0),
             "accepted": accepted,
             "student_class": student_class,
             "disagreements": disagreements,
-            "score": tf.where(finite, tf.reduce_mean(margins, axis=1), _LOWEST),
+            "score": score,
             "members": members,
         }
 
@@ -348,7 +492,8 @@ class DifferentiatorEnsemble(keras.Model):
         Returns:
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
-            `score`, the members' mean margin (their logits, positive for the Student's class);
+            `score`, the members' mean margin: 1 is usual for an honest image of the Student's
+            class, -1 for one of another class;
             `members`, `(n, ensemble_size)`, rows of `pairs`.
         """
         return self._explain(self._batches(x, None, batch_size), verbose)[0]
@@ -374,13 +519,19 @@ class DifferentiatorEnsemble(keras.Model):
         return clean_rates(labels, details["student_class"], details["answer"])
 
     def sparsity(self) -> pd.DataFrame:
-        """What every differentiator keeps of each layer that is pruned.
+        """What the differentiators keep of each layer that is pruned.
 
         Returns:
-            Columns `layer`, `units` (filters of a convolution, connections of a Dense layer) and
-            `kept`.
+            Columns `level` (0 for the ratios, 1 and 2 for three quarters and half of them),
+            `differentiators` (how many have it), `layer`, `units` (filters of a convolution,
+            connections of a Dense layer) and `kept`.
+
+        Raises:
+            RuntimeError: `adapt` was not called.
         """
-        return pd.DataFrame(self._bank.kept(), columns=["layer", "units", "kept"])
+        self._require(_ADAPTED)
+        columns = ["level", "differentiators", "layer", "units", "kept"]
+        return pd.DataFrame(self._bank.kept(), columns=columns)
 
     def save(self, filepath: str | Path, overwrite: bool = True, **options: Any) -> None:
         """Write a `.keras` file, for `keras.models.load_model` of the same Keras generation.
@@ -408,6 +559,7 @@ class DifferentiatorEnsemble(keras.Model):
             raise ValueError(
                 f"The file exists. Pass overwrite=True. Received: filepath={str(path)!r}"
             )
+        self._require(_ADAPTED)
         self.get_config()
         try:
             with tempfile.TemporaryDirectory(prefix=".save-", dir=path.parent) as unfinished:
@@ -451,11 +603,16 @@ class DifferentiatorEnsemble(keras.Model):
         return {
             "name": self.name,
             "student": keras.utils.serialize_keras_object(self.student),
-            "ratios": dict(self._ratios) if isinstance(self._ratios, Mapping) else self._ratios,
+            "ratios": self.ratios if self.ratios == "auto" else dict(self.ratios),
+            "retention": self.retention,
+            "head": self.head,
+            "head_layer": self.head_layer,
+            "jitter": self.jitter,
             "ensemble_size": self.ensemble_size,
             "reject_threshold": self.reject_threshold,
             "cut": self.cut,
             "preprocessing": serialize_preprocessing(self.preprocessing),
+            "search_budget": self.search_budget,
             "seed": self.seed,
         }
 
@@ -520,10 +677,10 @@ class DifferentiatorEnsemble(keras.Model):
         if done < _ADAPTED:
             raise RuntimeError(
                 "The differentiators are not pruned yet. Call `adapt(x_train, y_train)`, then "
-                "`compile()` and `fit(x_train, y_train)`."
+                "`fit(x_train, y_train)`."
             )
         if done < stage:
             raise RuntimeError(
                 "The differentiators are not trained since the last `adapt`. Call "
-                '`compile(optimizer="adam")`, then `fit(x_train, y_train)`.'
+                "`fit(x_train, y_train)`."
             )

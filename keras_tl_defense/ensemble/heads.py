@@ -1,0 +1,102 @@
+"""Linear heads on the features of pruned bodies: ridge regressions, solved in closed form.
+
+A head has thousands of features and some tens or hundreds of images, so the regression is solved in
+the span of its images, for many bodies at once. Its strength is chosen on held-out images: for a
+ridge regression the answer to each image by the head trained on all others is known in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of a centred image
+
+
+class Heads(NamedTuple):
+    """What `fit_heads` returns.
+
+    Attributes:
+        kernel: Float32 array of shape `(bodies, heads, features)`.
+        bias: Float32 array of shape `(bodies, heads)`.
+        margins: Float32 array of shape `(bodies, rows, heads)`: the margin of each image under a
+            head that was trained on all others.
+        strength: Float array of shape `(bodies,)`: the regularisation chosen.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    margins: np.ndarray
+    strength: np.ndarray
+
+
+def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> Heads:
+    """Fit linear heads on the features of each body.
+
+    Each head is scaled by its held-out margins: those of its class lie at +1 on average, those of
+    other images at -1, so that the margins of different heads can be compared and averaged, and a
+    head says "not my class" below the middle.
+
+    Args:
+        features: Float32 array of shape `(bodies, rows, features)`.
+        positive: Boolean array of shape `(bodies, rows, heads)`: which images are of the head's
+            class.
+        weight: Float array of shape `(bodies, rows)`: how much each image counts; 0 for rows that
+            only fill up the array.
+
+    Returns:
+        The heads with their held-out margins.
+
+    Example:
+        >>> x = np.array([[[0.0, 0], [0, 1], [5, 0], [5, 1]]], np.float32)
+        >>> own = np.array([[[False], [False], [True], [True]]])
+        >>> heads = fit_heads(x, own, np.ones((1, 4)))
+        >>> (x[0] @ heads.kernel[0, 0] + heads.bias[0, 0] > 0).tolist()
+        [False, False, True, True]
+    """
+    weight = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+    root = np.sqrt(weight)[..., None]
+    target = np.where(positive, 1, -1).astype(np.float32)
+    mean = np.einsum("bn,bnf->bf", weight, features)[:, None]
+    level = np.einsum("bn,bnh->bh", weight, target)[:, None]
+    centred = (features - mean) * root
+    energy, basis = np.linalg.eigh(centred @ centred.transpose(0, 2, 1))
+    energy = np.maximum(energy, 0)
+    scale = np.maximum(energy.sum(axis=1, keepdims=True), 1e-12)
+    share = np.einsum("bnr,bnh->brh", basis, (target - level) * root)
+    best: tuple[np.ndarray, ...] = ()
+    for strength in _STRENGTHS:
+        shrink = energy / (energy + strength * scale)
+        leverage = np.einsum("bnr,br->bn", basis**2, shrink) + weight
+        residual = np.einsum("bnr,brh->bnh", basis, (1 - shrink)[..., None] * share)
+        held_out = residual / np.maximum(1 - leverage, 1e-4)[..., None]  # times the root
+        error = np.sum(held_out**2, axis=(1, 2))
+        dual = np.einsum("bnr,brh->bnh", basis, share / (energy + strength * scale)[..., None])
+        margins = target - held_out / np.maximum(root, 1e-12)
+        found = (error, np.full(len(error), strength), dual, margins)
+        if best:
+            better = error < best[0]
+            choose = [better.reshape(-1, *[1] * (array.ndim - 1)) for array in found]
+            best = tuple(
+                np.where(c, new, old) for c, new, old in zip(choose, found, best, strict=True)
+            )
+        else:
+            best = found
+    _, chosen, dual, margins = best
+    kernel = np.einsum("bnh,bnf->bhf", dual, centred, optimize=True)
+    bias = level[:, 0] - np.einsum("bhf,bf->bh", kernel, mean[:, 0])
+    high, low = (_mean(margins, weight[..., None] * group) for group in (positive, ~positive))
+    half = np.maximum((high - low) / 2, 1e-3)
+    middle = (high + low) / 2
+    return Heads(
+        (kernel / half[..., None]).astype(np.float32),
+        ((bias - middle) / half).astype(np.float32),
+        ((margins - middle[:, None]) / half[:, None]).astype(np.float32),
+        chosen,
+    )
+
+
+def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weighted means over the rows."""
+    return np.sum(values * weight, axis=1) / np.maximum(weight.sum(axis=1), 1e-12)
