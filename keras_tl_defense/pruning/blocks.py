@@ -188,25 +188,58 @@ def channel_sources(graph: ModelGraph, blocks: list[Block], cut: int) -> dict[in
         ValueError: A pruned channel meets a layer after which it is not known what "removed" means
             (a normalisation over channels, a product, a layer that this library does not know).
     """
+    ends = {
+        block.tensor: numbers for block, numbers in zip(blocks, number_filters(blocks), strict=True)
+    }
+    return {
+        tensor: source
+        for tensor, source in follow_channels(graph, ends, cut).items()
+        if tensor in ends or isinstance(graph.steps[graph.producer[tensor]].layer, _REVIVING)
+    }
+
+
+def number_filters(blocks: list[Block]) -> list[np.ndarray]:
+    """The numbers of each block's filters, counted through all blocks."""
+    ends = np.cumsum([block.units for block in blocks])
+    return [np.arange(end - block.units, end) for block, end in zip(blocks, ends, strict=True)]
+
+
+def follow_channels(
+    graph: ModelGraph, starts: dict[int, np.ndarray], end: int
+) -> dict[int, np.ndarray]:
+    """The filter to which each channel of every tensor belongs.
+
+    Args:
+        graph: The model.
+        starts: For each tensor with channels to be followed, an int array of shape `(channels,)`:
+            the filters' numbers.
+        end: Number of the tensor up to which channels are followed.
+
+    Returns:
+        For each tensor with such channels, `starts` among them, an int array of shape
+        `(channels,)`: the filter's number, or `-1` for a channel of no filter in `starts`.
+
+    Raises:
+        ValueError: It is not known what becomes of a channel; see `channel_sources`.
+    """
     sources: dict[int, np.ndarray] = {}
-    masked: dict[int, np.ndarray] = {}
-    ends, offset = {}, 0
-    for block in blocks:
-        ends[block.tensor] = np.arange(offset, offset + block.units)
-        offset += block.units
-    for index in graph.ancestors(cut):
+    for index in graph.ancestors(end):
         step = graph.steps[index]
         tensor = step.outputs[0]
         known = [sources.get(t) for t in step.inputs]
-        if tensor in ends:
-            sources[tensor] = masked[tensor] = ends[tensor]
+        if tensor in starts:
+            sources[tensor] = starts[tensor]
         elif any(source is not None for source in known):
             followed = _follow(graph, step, known)
             if followed is not None:
                 sources[tensor] = followed
-                if isinstance(step.layer, _REVIVING):
-                    masked[tensor] = followed
-    return masked
+    return sources
+
+
+def treats_channels_alike(layer: Any) -> bool:
+    """Whether the layer does to some of a tensor's channels what it does to all of them."""
+    alike = (*_ACTIVATIONS, *_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Concatenate)
+    return isinstance(layer, alike) and not layer.weights
 
 
 def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np.ndarray | None:

@@ -1,10 +1,11 @@
-"""What users may give as pruning ratios, and what each layer gets."""
+"""What users may give as pruning ratios, what each layer gets, and how a ratio rises."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from numbers import Real
 
 
@@ -58,3 +59,27 @@ def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -
                     resolved[name] = float(ratio)
                 break
     return resolved
+
+
+def rising_ratio(ratio: float, round: int, iterations: int) -> float:
+    """The ratio of one round of pruning and training in turn: `ratio * round / iterations`.
+
+    Args:
+        ratio: Fraction pruned after the last round, in `[0, 1)`, taken as the decimal number that
+            it prints as (so that a third of 0.9 is 0.3).
+        round: Number of the round, from 1 to `iterations`.
+        iterations: Number of rounds.
+
+    Raises:
+        ValueError: There is no such round.
+
+    Example:
+        >>> [rising_ratio(0.9, round, 3) for round in (1, 2, 3)]
+        [0.3, 0.6, 0.9]
+    """
+    if not 1 <= round <= iterations:
+        raise ValueError(
+            "Rounds are numbered from 1 to `iterations`. "
+            f"Received: round={round}, iterations={iterations}"
+        )
+    return float(Fraction(repr(float(ratio))) * round / iterations)

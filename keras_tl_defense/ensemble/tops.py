@@ -1,0 +1,706 @@
+"""The unfrozen layers after the cut, of which every differentiator has its own.
+
+A ratio prunes an exact number of filters, so what is left of a layer has the same shape in every
+differentiator. Weights are therefore kept *compact*: gathered to the channels that stay. They run
+as they are, and one traced graph trains one differentiator after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.graph import ModelGraph, Step
+from keras_tl_defense.pruning.blocks import (
+    Block,
+    find_blocks,
+    follow_channels,
+    number_filters,
+    treats_channels_alike,
+)
+from keras_tl_defense.pruning.masks import connection_thresholds, filter_masks, pruned_count
+from keras_tl_defense.pruning.ratios import rising_ratio
+
+_layers = keras.layers
+_OWNABLE = (
+    _layers.Conv1D,
+    _layers.Conv2D,
+    _layers.DepthwiseConv2D,
+    _layers.Dense,
+    _layers.BatchNormalization,
+)
+_TINY = np.finfo(np.float32).tiny
+_RIDGE = 0.1  # of the mean squared length of a centred row
+
+Arrays = dict[str, np.ndarray]
+Observe = Callable[[np.ndarray], tuple[tf.Tensor, dict[str, tf.Tensor]]]
+"""Maps values at the cut to features and to the activation of each pruned layer's units."""
+
+
+def own_blocks(graph: ModelGraph, cut: int, end: int) -> list[Block]:
+    """The unfrozen prunable layers between two tensors, in the order in which they run."""
+    inside = {step.name for step in _steps_between(graph, cut, end) if not step.frozen}
+    return [block for block in find_blocks(graph, before=end) if block.name in inside]
+
+
+class OwnTop:
+    """The layers from the cut to the features of a head, run with a differentiator's own weights.
+
+    Every unfrozen weighted layer is owned: each differentiator has its kernel, bias, gamma and
+    beta, gathered to the output channels that it keeps and to the input channels that the layers
+    before left. Moving statistics of batch normalisations stay the Student's. Everything else runs
+    as it is. The result equals that of the network from which the channels were removed.
+
+    Weights are dicts from `"layer/kernel"` and the like to compact float32 arrays. Kept filters
+    are dicts from the names of pruned convolutions to sorted int32 arrays. Connections of a Dense
+    layer are pruned as zeros in its kernel.
+
+    Args:
+        graph: The Student.
+        cut: Number of the tensor at which the layers begin; all else of the Student that they need
+            must pass through it.
+        end: Number of the tensor at which they end.
+        ratios: Ratio of each pruned layer.
+
+    Attributes:
+        cut_shape: Shape of the tensor `cut`, without the batch.
+        blocks: The pruned layers.
+        ratios: Their ratios.
+        pruned_kernels: Names of the weights with pruned connections, and the layers they are of.
+        features: Size of the tensor `end`, flattened. Features of removed channels are 0.
+
+    Raises:
+        ValueError: An unfrozen layer is of a kind that cannot be owned, a ratio names a layer that
+            is not an unfrozen prunable one, or the size of `end` is not known.
+    """
+
+    def __init__(self, graph: ModelGraph, cut: int, end: int, ratios: Mapping[str, float]) -> None:
+        self._graph = graph
+        self._cut = cut
+        self._end = end
+        self._steps = _steps_between(graph, cut, end)
+        self.cut_shape = graph.shapes[cut][1:]
+        self.features = _feature_count(graph, end)
+        self._weights: dict[str, _Weight] = {}
+        for step in self._steps:
+            if not step.frozen:
+                self._weights.update(_own_weights(graph, step))
+        self._owned = {weight.layer for weight in self._weights.values()}
+        prunable = own_blocks(graph, cut, end)
+        _check_ratios(ratios, [block.name for block in prunable])
+        self.ratios = dict(ratios)
+        self.blocks = [block.checked() for block in prunable if block.name in ratios]
+        self._filters = [block for block in self.blocks if block.kind == "filters"]
+        self.pruned_kernels = {
+            f"{block.name}/kernel": block for block in self.blocks if block.kind == "connections"
+        }
+        numbers = number_filters(self._filters)
+        self._numbers = {b.name: n for b, n in zip(self._filters, numbers, strict=True)}
+        self._filter_count = sum(block.units for block in self._filters)
+        starts = {block.step.outputs[0]: n for block, n in zip(self._filters, numbers, strict=True)}
+        # A channel of no pruned layer counts as one more filter, which always stays.
+        self._sources = {
+            tensor: np.where(source < 0, self._filter_count, source)
+            for tensor, source in follow_channels(graph, starts, end).items()
+        }
+
+    def kept_counts(self, ratios: Mapping[str, float] | None = None) -> dict[str, int]:
+        """How many filters stay in each pruned convolution.
+
+        Args:
+            ratios: Ratios of the pruned layers. Defaults to the final ones.
+        """
+        ratios = self.ratios if ratios is None else ratios
+        return {b.name: b.units - pruned_count(ratios[b.name], b.units) for b in self._filters}
+
+    def weight_shapes(
+        self, ratios: Mapping[str, float] | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shape of each compact weight, the same for every differentiator.
+
+        Args:
+            ratios: Ratios of the pruned layers. Defaults to the final ones.
+        """
+        kept = {name: np.arange(count) for name, count in self.kept_counts(ratios).items()}
+        shapes = {}
+        for name, weight in self._weights.items():
+            shape = list(weight.variable.shape)
+            for axis, tensor in weight.channels.items():
+                if tensor in self._sources:
+                    shape[axis] = len(self.channels(tensor, kept))
+            shapes[name] = tuple(shape)
+        return shapes
+
+    @property
+    def bytes_per_differentiator(self) -> int:
+        """Size of the compact weights and kept filters of one differentiator."""
+        weights = sum(int(np.prod(shape)) for shape in self.weight_shapes().values())
+        return 4 * (weights + sum(self.kept_counts().values()))
+
+    def start(self) -> tuple[Arrays, Arrays]:
+        """The Student's weights, and all filters kept."""
+        weights = {name: _to_numpy(weight.variable) for name, weight in self._weights.items()}
+        return weights, self._all_filters()
+
+    def narrow(self, weights: Arrays, kept: Arrays, fewer: Arrays) -> Arrays:
+        """Gather compact weights to fewer filters.
+
+        Args:
+            weights: Weights, or other arrays of their shapes under their names.
+            kept: The filters that they have.
+            fewer: The filters, among these, that they shall have.
+        """
+        narrowed = {}
+        for name, array in weights.items():
+            for axis, tensor in self._weights[name].channels.items():
+                if tensor in self._sources:
+                    channels = self.channels(tensor, kept)
+                    places = np.searchsorted(channels, self.channels(tensor, fewer))
+                    array = np.take(array, places, axis)
+            narrowed[name] = array
+        return narrowed
+
+    def channels(self, tensor: int, kept: Arrays) -> np.ndarray:
+        """Numbers of the channels of a tensor that stay when these filters are kept."""
+        if tensor not in self._sources:
+            return np.arange(int(self._graph.shapes[tensor][-1] or 0))
+        stays = np.zeros(self._filter_count + 1, bool)
+        stays[-1] = True
+        for name, filters in kept.items():
+            stays[self._numbers[name][filters]] = True
+        return np.flatnonzero(stays[self._sources[tensor]])
+
+    def run(
+        self, cut_values: tf.Tensor, weights: Mapping[str, Any], kept: Mapping[str, Any]
+    ) -> tf.Tensor:
+        """Features under one differentiator's weights, differentiable in them.
+
+        Args:
+            cut_values: Tensor of shape `(n, *cut shape)`.
+            weights: Compact weights: arrays, tensors or variables.
+            kept: Kept filters: arrays, tensors or variables of known shapes.
+
+        Returns:
+            Float32 tensor of shape `(n, features)`.
+        """
+        channels = _Channels(self, kept)
+        return self._features(self._forward(cut_values, weights, channels), channels)
+
+    def observe(
+        self, cut_values: tf.Tensor, weights: Mapping[str, Any], kept: Mapping[str, Any]
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """Features as `run` returns them, and the activations that pruning goes by.
+
+        Returns:
+            Float32 tensor of shape `(n, features)`, and for each pruned layer the mean
+            |activation| of its units over their positions, of shape `(n, units)`: filters at the
+            end of their block, or a Dense layer's inputs; 0 for what is removed.
+        """
+        channels = _Channels(self, kept)
+        values = self._forward(cut_values, weights, channels)
+        activity = {}
+        for block in self.blocks:
+            units = channels.widen(tf.abs(values[block.tensor]), block.tensor)
+            activity[block.name] = tf.reduce_mean(units, axis=list(range(1, units.shape.rank - 1)))
+        return self._features(values, channels), activity
+
+    def run_members(
+        self,
+        cut_values: tf.Tensor,
+        members: tf.Tensor,
+        per_group: int | tf.Tensor,
+        weights: Mapping[str, Any],
+        kept: Mapping[str, Any],
+    ) -> tf.Tensor:
+        """Features of groups of rows, each group under the weights of its differentiator.
+
+        Args:
+            cut_values: Tensor of shape `(groups * per_group, *cut shape)`.
+            members: Int tensor of shape `(groups,)`: the differentiator of each group.
+            per_group: Rows of each group.
+            weights: Compact weights, stacked: each of shape `(differentiators, …)`.
+            kept: Kept filters, each of shape `(differentiators, filters)`.
+
+        Returns:
+            Float32 tensor of shape `(groups * per_group, features)`.
+        """
+        shape = tf.concat([[tf.shape(members)[0], per_group], tf.shape(cut_values)[1:]], axis=0)
+        groups = tf.reshape(cut_values, shape)
+        stacks = tf.nest.map_structure(tf.convert_to_tensor, (dict(weights), dict(kept)))
+
+        def one_group(element: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+            rows, member = element
+            rows = tf.ensure_shape(rows, (None, *self.cut_shape))
+            return self.run(rows, *tf.nest.map_structure(lambda s: tf.gather(s, member), stacks))
+
+        out = tf.map_fn(
+            one_group,
+            (groups, members),
+            fn_output_signature=tf.TensorSpec((groups.shape[1], self.features), tf.float32),
+            parallel_iterations=2,
+        )
+        return tf.reshape(out, (-1, self.features))
+
+    def observe_student(self, cut_values: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """What `observe` returns for the Student's own weights, all filters kept."""
+        weights = {name: weight.variable for name, weight in self._weights.items()}
+        return self.observe(cut_values, weights, self._all_filters())
+
+    def prune(
+        self, ratios: Mapping[str, float], activity: Arrays, weights: Arrays, kept: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        """Prune what is left, to ratios that are not lower than those that led to it.
+
+        Filters are removed and connections of Dense layers set to 0, the least active first, until
+        each layer has what its ratio leaves. A ratio of connections counts those of the full
+        kernel; the ones of removed inputs and the ones that are 0 already are the first of them.
+
+        Args:
+            ratios: Ratio of each pruned layer.
+            activity: Score of each unit of each pruned layer, `(units,)`.
+            weights: Compact weights.
+            kept: Kept filters.
+
+        Returns:
+            The weights and the kept filters that are left.
+        """
+        fewer = {}
+        for block in self._filters:
+            scores = np.full((1, block.units), -1.0)
+            scores[0, kept[block.name]] = activity[block.name][kept[block.name]]
+            stays = filter_masks(scores, ratios[block.name])[0]
+            fewer[block.name] = np.flatnonzero(stays).astype(np.int32)
+        weights = self.narrow(weights, kept, fewer)
+        for name, block in self.pruned_kernels.items():
+            kernel, inputs = weights[name], self.channels(block.tensor, fewer)
+            # A unit that never fires has its connections pruned after those that are gone.
+            scores = np.maximum(np.abs(kernel) * activity[block.name][inputs, None], _TINY)
+            full = np.zeros((block.units, kernel.shape[1]), np.float32)
+            full[inputs] = np.where(kernel == 0, 0, scores)
+            (threshold,), (tie,) = connection_thresholds(
+                full, np.ones((1, block.units), np.float32), ratios[block.name]
+            )
+            index = np.arange(full.size).reshape(full.shape)
+            stays = (full > threshold) | ((full == threshold) & (index > tie))
+            weights[name] = np.where(stays[inputs], kernel, 0)
+        return weights, fewer
+
+    def _forward(
+        self, cut_values: tf.Tensor, weights: Mapping[str, Any], channels: _Channels
+    ) -> dict[int, tf.Tensor]:
+        """Every tensor after the cut, compact."""
+        values = {self._cut: cut_values}
+        for step in self._steps:
+            if step.name in self._owned:
+                values[step.outputs[0]] = _run_owned(step, values, weights, channels)
+            elif treats_channels_alike(step.layer):
+                values.update(zip(step.outputs, step(values), strict=True))
+            else:
+                full = {t: channels.widen(values[t], t) for t in step.inputs}
+                for tensor, value in zip(step.outputs, step(full), strict=True):
+                    values[tensor] = channels.narrow(value, tensor)
+        return values
+
+    def _features(self, values: dict[int, tf.Tensor], channels: _Channels) -> tf.Tensor:
+        features = channels.widen(values[self._end], self._end)
+        return tf.cast(tf.reshape(features, (-1, self.features)), tf.float32)
+
+    def _all_filters(self) -> Arrays:
+        return {block.name: np.arange(block.units, dtype=np.int32) for block in self._filters}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that differentiators own.
+
+    Attributes:
+        layer: Name of the layer's step.
+        variable: The Student's weight.
+        channels: For each axis along which channels lie, the tensor whose channels they are.
+    """
+
+    layer: str
+    variable: Any
+    channels: dict[int, int]
+
+
+class _Channels:
+    """Which channels of each tensor stay, inside a TensorFlow graph."""
+
+    def __init__(self, top: OwnTop, kept: Mapping[str, Any]) -> None:
+        self._top = top
+        self._first = {name: np.arange(filters.shape[0]) for name, filters in kept.items()}
+        numbers = [tf.constant([top._filter_count])]
+        for name, filters in kept.items():
+            numbers.append(tf.cast(filters, tf.int32) + int(top._numbers[name][0]))
+        index = tf.concat(numbers, axis=0)
+        self._stays = tf.scatter_nd(
+            index[:, None], tf.ones_like(index, tf.bool), [top._filter_count + 1]
+        )
+
+    def narrow(self, x: tf.Tensor, tensor: int) -> tf.Tensor:
+        """Gather the channels of `tensor` that stay, along the last axis of `x`."""
+        if tensor not in self._top._sources:
+            return x
+        index = tf.where(tf.gather(self._stays, self._top._sources[tensor]))[:, 0]
+        index = tf.ensure_shape(index, [len(self._top.channels(tensor, self._first))])
+        return tf.gather(x, index, axis=-1)
+
+    def widen(self, x: tf.Tensor, tensor: int) -> tf.Tensor:
+        """Put zeros where channels of `tensor` were removed, along the last axis of `x`."""
+        if tensor not in self._top._sources:
+            return x
+        stays = tf.gather(self._stays, self._top._sources[tensor])
+        place = tf.maximum(tf.cumsum(tf.cast(stays, tf.int32)) - 1, 0)
+        return tf.where(stays, tf.gather(x, place, axis=-1), tf.zeros((), x.dtype))
+
+
+def _run_owned(
+    step: Step, values: dict[int, tf.Tensor], weights: Mapping[str, Any], channels: _Channels
+) -> tf.Tensor:
+    """The output of an owned layer, in inference mode."""
+    layer = step.layer
+    own = {
+        part: tf.convert_to_tensor(weights[f"{step.name}/{part}"])
+        for part in ("kernel", "bias", "gamma", "beta")
+        if f"{step.name}/{part}" in weights
+    }
+    x = tf.cast(values[step.inputs[0]], tf.float32)
+    if isinstance(layer, _layers.BatchNormalization):
+        mean, variance = (
+            channels.narrow(tf.convert_to_tensor(statistic), step.outputs[0])
+            for statistic in (layer.moving_mean, layer.moving_variance)
+        )
+        return tf.nn.batch_normalization(
+            x, mean, variance, own.get("beta"), own.get("gamma"), layer.epsilon
+        )
+    if isinstance(layer, _layers.Dense):
+        x = tf.linalg.matmul(x, own["kernel"])
+    elif isinstance(layer, _layers.DepthwiseConv2D):
+        x = tf.nn.depthwise_conv2d(
+            x,
+            own["kernel"],
+            (1, *layer.strides, 1),
+            layer.padding.upper(),
+            dilations=layer.dilation_rate,
+        )
+    else:
+        padding = layer.padding.upper()
+        if padding == "CAUSAL":
+            before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            x, padding = tf.pad(x, [[0, 0], [before, 0], [0, 0]]), "VALID"
+        x = tf.nn.convolution(
+            x, own["kernel"], layer.strides, padding, dilations=layer.dilation_rate
+        )
+    if "bias" in own:
+        x += own["bias"]
+    return layer.activation(x)
+
+
+def _steps_between(graph: ModelGraph, cut: int, end: int) -> list[Step]:
+    """The steps that `end` depends on and that depend on `cut`."""
+    reached, steps = {cut}, []
+    for index in graph.ancestors(end):
+        step = graph.steps[index]
+        if reached.isdisjoint(step.inputs):
+            continue
+        if not reached.issuperset(step.inputs):
+            raise ValueError(
+                f"The layer {step.name!r} after the cut also takes a tensor that does not pass "
+                f"through it. Cut the {graph.role} with `cut=` at a layer that everything passes "
+                f"through. Received: layer={step.name!r}"
+            )
+        steps.append(step)
+        reached.update(step.outputs)
+    return steps
+
+
+def _own_weights(graph: ModelGraph, step: Step) -> dict[str, _Weight]:
+    """The weights of an unfrozen layer, by `"layer/kernel"` and the like."""
+    obstacle = _obstacle(graph, step)
+    if obstacle is not None:
+        raise ValueError(
+            f"The unfrozen layer {step.name!r} {obstacle}, and differentiators cannot have their "
+            'own of it. Give `tune="head"`, which leaves the layers after the cut aside, or cut '
+            f"the {graph.role} after it with `cut=`. Received: layer={step.name!r}"
+        )
+    layer, before, after = step.layer, step.inputs[0], step.outputs[0]
+    depthwise = isinstance(layer, _layers.DepthwiseConv2D)
+    parts = {part: getattr(layer, part, None) for part in ("kernel", "bias", "gamma", "beta")}
+    if hasattr(layer, "depthwise_kernel"):  # the legacy Keras's name
+        parts["kernel"] = layer.depthwise_kernel
+    channels = {part: {-1: after} for part in parts}
+    channels["kernel"] = {-2: before} if depthwise else {-2: before, -1: after}
+    return {
+        f"{step.name}/{part}": _Weight(step.name, variable, channels[part])
+        for part, variable in parts.items()
+        if variable is not None
+    }
+
+
+def _obstacle(graph: ModelGraph, step: Step) -> str | None:
+    """Why differentiators cannot own a layer, as the rest of a sentence that begins with it."""
+    layer = step.layer
+    uses = sum(other.layer is layer for other in graph.steps)
+    if type(layer) not in _OWNABLE:
+        return f"is a {type(layer).__name__}"
+    if uses > 1:
+        return f"is used {uses} times"
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return "has its channels first"
+    if getattr(layer, "groups", 1) > 1:
+        return f"convolves in {layer.groups} groups"
+    if isinstance(layer, _layers.BatchNormalization):
+        rank = len(graph.shapes[step.outputs[0]])
+        if [axis % rank for axis in np.ravel(layer.axis)] != [rank - 1]:
+            return "does not normalise the last axis"
+    return None
+
+
+def _feature_count(graph: ModelGraph, end: int) -> int:
+    shape = graph.shapes[end][1:]
+    count = tf.TensorShape(shape).num_elements()
+    if not count:
+        raise ValueError(
+            f"The size of what a head takes must be known, but the {graph.role} takes images of "
+            "any size. Give its input a fixed shape, or let a global pooling layer come before its "
+            f"last layer. Received: shape {shape} before the last layer"
+        )
+    return int(count)
+
+
+def _check_ratios(ratios: Mapping[str, float], layers: list[str]) -> None:
+    for name in ratios:
+        if name not in layers:
+            raise ValueError(
+                f"The layer {name!r} is not an unfrozen convolution or Dense layer after the cut. "
+                f"Those are: {', '.join(layers) or 'none'}. Received: ratios={dict(ratios)!r}"
+            )
+
+
+class TrainedTop(NamedTuple):
+    """What `TopTrainer.fit` returns.
+
+    Attributes:
+        weights: Compact weights of the final ratios.
+        kept: Kept filters.
+        loss: Weighted cross-entropy in each epoch, summed over the outputs, array of shape
+            `(iterations * epochs,)`.
+        accuracy: Weighted share of right answers in each epoch, array of the same shape.
+    """
+
+    weights: Arrays
+    kept: Arrays
+    loss: np.ndarray
+    accuracy: np.ndarray
+
+
+class TopTrainer:
+    """Prunes and trains one differentiator's top after the other.
+
+    Each starts from the Student's weights. In every round its units are scored by their mean
+    |activation| on images of two classes, the larger of the two class means; the ratios of the
+    round (`rising_ratio`) say how many of them stay; and what stays is trained together with a
+    linear head, which starts at a ridge regression. That head only guides the training and is
+    dropped. Shapes depend on the round alone, so the graph and variables of a round serve every
+    differentiator.
+
+    Args:
+        top: The layers.
+        optimizer: Configuration of a Keras optimizer, as `keras.optimizers.serialize` gives it.
+        outputs: Number of logits of the head.
+        iterations: Rounds of pruning and training.
+        epochs: Passes over the rows in each round.
+        batch_size: Rows in a step.
+    """
+
+    def __init__(
+        self,
+        top: OwnTop,
+        optimizer: Any,
+        *,
+        outputs: int,
+        iterations: int,
+        epochs: int,
+        batch_size: int,
+    ) -> None:
+        self._top = top
+        self._epochs = epochs
+        self._batch_size = batch_size
+        self._rounds = [
+            _Round(
+                top,
+                {name: rising_ratio(r, number, iterations) for name, r in top.ratios.items()},
+                optimizer,
+                outputs,
+            )
+            for number in range(1, iterations + 1)
+        ]
+        rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
+        self._observe_student = tf.function(top.observe_student, input_signature=[rows])
+
+    def fit(
+        self,
+        cut_values: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        scored: tuple[np.ndarray, np.ndarray],
+        rng: np.random.Generator,
+    ) -> TrainedTop:
+        """Prune and train one differentiator.
+
+        Args:
+            cut_values: Float32 array of shape `(rows, *cut shape)`: training images at the cut.
+            targets: Float32 array of shape `(rows, outputs)`, 0 or 1.
+            weights: Float32 array of shape `(rows, outputs)`: how much each counts in the loss.
+            scored: Numbers of the rows that are images of each of the two classes, by which units
+                are scored.
+            rng: Shuffles the rows.
+        """
+        top = self._top
+        observe: Observe = self._observe_student
+        own, kept = top.start()
+        history = []
+        for current in self._rounds:
+            activity = self._class_scores(observe, cut_values, scored)
+            own, kept = top.prune(current.ratios, activity, own, kept)
+            current.start(own, kept)
+            observe = current.observe
+            features, _ = self._observe(observe, cut_values)
+            current.start_head(*_ridge(features, targets, weights))
+            for _ in range(self._epochs):
+                order = rng.permutation(len(cut_values))
+                sums = [
+                    current.step(cut_values[batch], targets[batch], weights[batch])
+                    for batch in np.array_split(order, -(-len(order) // self._batch_size))
+                ]
+                loss, right = np.sum(sums, axis=0)
+                history.append((loss / len(order), right / weights.sum()))
+            own = current.weights()
+        loss, accuracy = np.array(history, np.float32).T
+        return TrainedTop(own, kept, loss, accuracy)
+
+    def _observe(self, observe: Observe, rows: np.ndarray) -> tuple[np.ndarray, Arrays]:
+        """Features and activations of all rows, computed in batches."""
+        parts = [
+            observe(rows[start : start + self._batch_size])
+            for start in range(0, len(rows), self._batch_size)
+        ]
+        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+
+    def _class_scores(
+        self, observe: Observe, rows: np.ndarray, scored: tuple[np.ndarray, np.ndarray]
+    ) -> Arrays:
+        """The larger of the two class means of each unit's activation, `(units,)` per layer."""
+        first, second = (self._observe(observe, rows[numbers])[1] for numbers in scored)
+        return {
+            name: np.maximum(first[name].mean(axis=0), second[name].mean(axis=0)) for name in first
+        }
+
+
+class _Round:
+    """The variables of one round's compact top and its head, and the graphs that train them."""
+
+    def __init__(self, top: OwnTop, ratios: dict[str, float], optimizer: Any, outputs: int) -> None:
+        self.ratios = ratios
+        self._top = top
+        holder = keras.layers.Layer()
+
+        def add(name: str, shape: tuple[int, ...]) -> Any:
+            name = name.replace("/", "_")
+            return holder.add_weight(name=name, shape=shape, initializer="zeros")
+
+        shapes = top.weight_shapes(ratios)
+        self._own = {name: add(name, shape) for name, shape in shapes.items()}
+        self._kernel = add("head_kernel", (top.features, outputs))
+        self._bias = add("head_bias", (outputs,))
+        self._masks = {name: tf.Variable(tf.zeros(shapes[name])) for name in top.pruned_kernels}
+        counts = top.kept_counts(ratios)
+        self._kept = {
+            name: tf.Variable(tf.zeros(count, tf.int32)) for name, count in counts.items()
+        }
+        self._trained = [*self._own.values(), self._kernel, self._bias]
+        self._optimizer = keras.optimizers.deserialize(optimizer)
+        self._optimizer.build(self._trained)
+        self._fresh_state = [_to_numpy(variable) for variable in self._optimizer.variables]
+        rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
+        logits = tf.TensorSpec((None, outputs), tf.float32)
+        self.observe = tf.function(self._observe, input_signature=[rows])
+        self.step = tf.function(self._train_step, input_signature=[rows, logits, logits])
+
+    def start(self, weights: Arrays, kept: Arrays) -> None:
+        """Begin with these weights; zeros in pruned kernels stay. The optimizer starts afresh."""
+        for name, variable in self._own.items():
+            variable.assign(weights[name])
+        for name, variable in self._kept.items():
+            variable.assign(kept[name])
+        for name, variable in self._masks.items():
+            variable.assign((weights[name] != 0).astype(np.float32))
+        for variable, value in zip(self._optimizer.variables, self._fresh_state, strict=True):
+            variable.assign(value)
+
+    def start_head(self, kernel: np.ndarray, bias: np.ndarray) -> None:
+        """Begin with this head."""
+        self._kernel.assign(kernel)
+        self._bias.assign(bias)
+
+    def weights(self) -> Arrays:
+        """The compact weights, pruned connections exactly 0."""
+        return {name: tensor.numpy() for name, tensor in self._masked().items()}
+
+    def _masked(self) -> dict[str, tf.Tensor]:
+        tensors = {name: tf.convert_to_tensor(variable) for name, variable in self._own.items()}
+        tensors.update({name: tensors[name] * mask for name, mask in self._masks.items()})
+        return tensors
+
+    def _observe(self, rows: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        return self._top.observe(rows, self._masked(), self._kept)
+
+    def _train_step(
+        self, rows: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            features = self._top.run(rows, self._masked(), self._kept)
+            logits = tf.linalg.matmul(features, self._kernel) + self._bias
+            loss = weights * tf.nn.sigmoid_cross_entropy_with_logits(targets, logits)
+            total = tf.reduce_sum(tf.reduce_mean(loss, axis=0))
+        gradients = tape.gradient(total, self._trained)
+        self._optimizer.apply_gradients(zip(gradients, self._trained, strict=True))
+        right = tf.cast(tf.equal(logits > 0, targets > 0.5), tf.float32)
+        return tf.reduce_sum(loss), tf.reduce_sum(weights * right)
+
+
+def _ridge(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted ridge regression of targets -1 and 1 on centred features, for each output.
+
+    Returns:
+        Kernel of shape `(features, outputs)` and bias of shape `(outputs,)`.
+    """
+    kernels, biases = [], []
+    for target, weight in zip(2.0 * targets.T - 1, weights.T.astype(float), strict=True):
+        share = weight / weight.sum()
+        mean = share @ features
+        root = np.sqrt(share)
+        centred = root[:, None] * (features - mean)
+        rows, width = centred.shape
+        penalty = max(_RIDGE * np.sum(centred**2) / rows, 1e-12)
+        if rows < width:
+            dual = np.linalg.solve(centred @ centred.T + penalty * np.eye(rows), root * target)
+            kernel = centred.T @ dual
+        else:
+            gram = centred.T @ centred + penalty * np.eye(width)
+            kernel = np.linalg.solve(gram, centred.T @ (root * target))
+        kernels.append(kernel)
+        biases.append(share @ target - mean @ kernel)
+    return np.stack(kernels, axis=1).astype(np.float32), np.array(biases, np.float32)
+
+
+def _to_numpy(variable: Any) -> np.ndarray:
+    return tf.convert_to_tensor(variable).numpy()
