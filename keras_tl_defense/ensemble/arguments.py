@@ -50,6 +50,12 @@ def _is_registered(function: Any) -> bool:
     return name is not None and keras.utils.get_registered_object(name) is not None
 
 
+def penultimate(graph: ModelGraph) -> int:
+    """Number of the tensor that the Student's last weighted layer, its own head, takes."""
+    last = [step for step in graph.steps if step.layer.weights][-1]
+    return last.inputs[0]
+
+
 def key_words(key: bytes) -> np.ndarray:
     """Sixteen bytes as two int64, `ValueError` for anything else."""
     if not isinstance(key, bytes) or len(key) != 16:

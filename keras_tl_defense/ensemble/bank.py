@@ -13,8 +13,9 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.tops import OwnTop
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import find_blocks
+from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
     connection_thresholds,
@@ -39,10 +40,12 @@ class DifferentiatorBank(keras.layers.Layer):
         heads: Heads of each differentiator: 1, the first class against the second, or 2, each
             against all other classes.
         jitter: Standard deviation of the normal noise on the logarithms of the filters' scores.
+        top: The layers after the tensor of which each differentiator has its own; `None` lets the
+            heads read the tensor itself.
 
     Attributes:
         pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
-        features: Size of the tensor, flattened.
+        features: Size of what the heads read.
         needs: Numbers of the tensors that `body_features` takes from a pass over the images.
     """
 
@@ -55,6 +58,7 @@ class DifferentiatorBank(keras.layers.Layer):
         *,
         heads: int,
         jitter: float,
+        top: OwnTop | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(trainable=False, **kwargs)
@@ -65,9 +69,10 @@ class DifferentiatorBank(keras.layers.Layer):
         self._classes = classes
         self._jitter = jitter
         self.pairs = np.stack(np.triu_indices(classes, 1), axis=1)
-        self.features = _feature_count(graph, tensor)
+        self.top = top
+        self.features = _feature_count(graph, tensor) if top is None else top.features
         pairs = len(self.pairs)
-        _check_size(pairs, heads, self.features)
+        _check_size(pairs, heads, self.features, top)
         add = self.add_weight
         filters = sum(block.units for block in self._layout.filters)
         self.filter_masks = add(
@@ -90,6 +95,19 @@ class DifferentiatorBank(keras.layers.Layer):
                 )
         self.kernel = add(name="kernel", shape=(pairs, heads, self.features), initializer="zeros")
         self.bias = add(name="bias", shape=(pairs, heads), initializer="zeros")
+        self._top_weights, self._top_kept = {}, {}
+        if top is not None:
+            for number, (name, shape) in enumerate(top.weight_shapes().items()):
+                self._top_weights[name] = add(
+                    name=f"top_{number}", shape=(pairs, *shape), initializer="zeros"
+                )
+            for number, (name, count) in enumerate(top.kept_counts().items()):
+                self._top_kept[name] = add(
+                    name=f"top_kept_{number}",
+                    shape=(pairs, count),
+                    dtype="int32",
+                    initializer="zeros",
+                )
         self.built = True
 
     def prune(self, activations: ClassActivations, jitter_seed: np.ndarray) -> None:
@@ -131,10 +149,23 @@ class DifferentiatorBank(keras.layers.Layer):
             whole = np.concatenate(masks, axis=1)
             self.filter_masks.assign(_replaced(self.filter_masks, members, whole))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The pruned layers of the body."""
+        return list(self._layout.blocks)
+
     def set_heads(self, members: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> None:
         """Set the heads of some differentiators, arrays of their number as first dimension."""
         self.kernel.assign(_replaced(self.kernel, members, kernel))
         self.bias.assign(_replaced(self.bias, members, bias))
+
+    def set_tops(
+        self, members: np.ndarray, weights: dict[str, np.ndarray], kept: dict[str, np.ndarray]
+    ) -> None:
+        """Set the own layers of some differentiators, as `tune_tops` returns them."""
+        for stacks, arrays in ((self._top_weights, weights), (self._top_kept, kept)):
+            for name, array in arrays.items():
+                stacks[name].assign(_replaced(stacks[name], members, array))
 
     def kept(self) -> list[tuple[int, int, str, int, int]]:
         """Level, its differentiators, and name, units and units kept of each pruned layer.
@@ -160,7 +191,19 @@ class DifferentiatorBank(keras.layers.Layer):
     def body_features(
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
     ) -> tf.Tensor:
-        """Features of images under the masks of differentiators; see `MaskedBody`."""
+        """What the heads read of images, under the masks of differentiators; see `MaskedBody`."""
+        body = self.masked_body(values, rows, members)
+        if self.top is None:
+            return body
+        body = tf.reshape(body, (-1, *self.top.cut_shape))
+        return self.top.run_members(
+            body, members, tf.shape(rows)[1], self._top_weights, self._top_kept
+        )
+
+    def masked_body(
+        self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
+    ) -> tf.Tensor:
+        """The frozen body under the masks of differentiators; see `MaskedBody`."""
         masks = tf.convert_to_tensor(self.filter_masks)
         return self._body(values, rows, members, masks, self._connection_mask)
 
@@ -180,8 +223,8 @@ class DifferentiatorBank(keras.layers.Layer):
             student_class: Int tensor of shape `(batch,)`.
 
         Returns:
-            Float tensor of shape `(batch, k)`, negative where a member disagrees; +1 is usual for an
-            honest image of the class, -1 for one of another class.
+            Float tensor of shape `(batch, k)`, negative where a member disagrees; +1 is usual for
+            an honest image of the class, -1 for one of another class.
         """
         flat = tf.reshape(members, [-1])
         first = tf.gather(tf.constant(self.pairs[:, 0], tf.int32), members)
@@ -239,12 +282,21 @@ def _replaced(weight: Any, rows: np.ndarray, values: Any) -> np.ndarray:
     return array
 
 
-def _check_size(pairs: int, heads: int, features: int) -> None:
-    size = 4 * pairs * heads * features
-    if size > _TOO_MANY_BYTES:
-        raise ValueError(
-            f"The heads of all {pairs} pairs of classes, each with {features} features, would take "
-            f"{size / 2**30:.1f} GiB. Let them read a layer with fewer features, with `cut=` or "
-            f'`head_layer=`, or give each pair one head with `head="pair"`. '
-            f"Received: {pairs} pairs of {heads} heads with {features} features"
+def _check_size(pairs: int, heads: int, features: int, top: OwnTop | None) -> None:
+    own = 0 if top is None else top.bytes_per_differentiator
+    size = pairs * (4 * heads * features + own)
+    if size <= _TOO_MANY_BYTES:
+        return
+    remedy = (
+        "Let the heads read a layer with fewer features, with `head_layer=` or `cut=`, or give "
+        'each pair one head with `head="pair"`.'
+    )
+    if own > 4 * heads * features:
+        remedy = (
+            'Leave the unfrozen layers to the Student with `tune="head"`, or prune them harder.'
         )
+    raise ValueError(
+        f"The differentiators of all {pairs} pairs of classes would take {size / 2**30:.1f} GiB, "
+        f"with {heads} heads of {features} features and {own / 2**20:.1f} MiB of layers of its "
+        f"own each. {remedy} Received: {pairs} pairs of classes"
+    )

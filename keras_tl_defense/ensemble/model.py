@@ -24,13 +24,16 @@ from keras_tl_defense.ensemble.arguments import (
     class_count,
     head_tensor,
     key_words,
+    penultimate,
     serialize_preprocessing,
 )
 from keras_tl_defense.ensemble.bank import LEVELS, DifferentiatorBank
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
-from keras_tl_defense.ensemble.training import HeadKind, sample_classes, train_heads
+from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
+from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
+from keras_tl_defense.ensemble.training import HeadKind, RowFeatures, sample_classes, train_heads
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.blocks import find_blocks
@@ -39,6 +42,7 @@ from keras_tl_defense.serving import export_saved_model
 
 _ADAPTED, _FITTED = 1, 2
 _DECISIONS = ("count", "score")
+_UNFROZEN_RATIO = 0.5  # of unfrozen layers, which the search leaves aside
 _FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
 _LOWEST = float(np.finfo(np.float32).min)
 _BODY_BYTES = 64 << 20  # for one tensor of the rows that are computed at once, in training
@@ -73,6 +77,12 @@ class DifferentiatorEnsemble(keras.Model):
         head_layer: Name of the frozen layer that the heads read, the cut or one before it. Earlier
             layers are harder to imitate and know less. Defaults to the cut, as in the paper, or to
             what the search finds.
+        tune: `"head"`: the differentiators are the frozen layers and heads. `"unfrozen"`, as in
+            the paper, for Students with retrained layers between the cut and the last one: each
+            differentiator has its own copy of these, started from the Student's, pruned and
+            fine-tuned. It takes far more time and memory; see the README. Defaults to `"head"`.
+        iterations: Rounds of pruning and fine-tuning, the ratios rising in equal steps, for
+            `tune="unfrozen"`. Defaults to `5`.
         jitter: Standard deviation of normal noise on the logarithms of the filters' activations,
             before they are ranked: differentiators that resemble each other less. Defaults to `1`;
             `0` prunes exactly the least active filters, as in the paper.
@@ -123,6 +133,8 @@ class DifferentiatorEnsemble(keras.Model):
         retention: float = 0.95,
         head: HeadKind = "one_vs_rest",
         head_layer: str | None = None,
+        tune: Literal["head", "unfrozen"] = "head",
+        iterations: int = 5,
         jitter: float = 1.0,
         ensemble_size: int | None = None,
         reject_threshold: int = 1,
@@ -147,8 +159,15 @@ class DifferentiatorEnsemble(keras.Model):
         self.cut = graph.steps[graph.producer[self._cut]].name
         self.retention = check_retention(retention)
         self.head = check_choice("head", head, ("pair", "one_vs_rest"))
+        self.tune = check_choice("tune", tune, ("head", "unfrozen"))
+        self.iterations = check_integer("iterations", iterations, 1)
         head_tensor(graph, self._cut, head_layer)
-        self.head_layer = head_layer
+        if tune == "unfrozen" and head_layer is not None:
+            raise ValueError(
+                'With `tune="unfrozen"` the heads read the differentiator\'s own layers after the '
+                f"cut. Leave `head_layer` out. Received: head_layer={head_layer!r}"
+            )
+        self.head_layer = self.cut if tune == "unfrozen" else head_layer
         self.jitter = 0.0 if jitter == 0 else check_positive("jitter", jitter)
         self.preprocessing = check_callable("preprocessing", preprocessing)
         self._ensemble_size = check_ensemble_size(ensemble_size, self.classes)
@@ -182,8 +201,16 @@ class DifferentiatorEnsemble(keras.Model):
     def _make_bank(self, ratios: float | Mapping[str, float]) -> None:
         tensor = head_tensor(self._graph, self._cut, self.head_layer)
         self.head_layer = self._graph.steps[self._graph.producer[tensor]].name
-        layers = [block.name for block in find_blocks(self._graph, before=tensor)]
-        self.ratios = resolve_ratios(ratios, layers)
+        frozen = [block.name for block in find_blocks(self._graph, before=tensor)]
+        own: list[str] = []
+        if self.tune == "unfrozen":
+            end = penultimate(self._graph)
+            own = [block.name for block in own_blocks(self._graph, tensor, end)]
+        self.ratios = resolve_ratios(ratios, [*frozen, *own])
+        top = None
+        if self.tune == "unfrozen":
+            top_ratios = {name: r for name, r in self.ratios.items() if name in own}
+            top = OwnTop(self._graph, tensor, end, top_ratios)
         if not self.ratios:
             warnings.warn(
                 "No layer is pruned, so the differentiators see what the Student sees and protect "
@@ -193,10 +220,11 @@ class DifferentiatorEnsemble(keras.Model):
         self._bank = DifferentiatorBank(
             self._graph,
             tensor,
-            dict(self.ratios),
+            {name: r for name, r in self.ratios.items() if name not in own},
             self.classes,
             heads=1 if self.head == "pair" else 2,
             jitter=self.jitter,
+            top=top,
             name="differentiators",
         )
         self.built = True
@@ -275,8 +303,12 @@ class DifferentiatorEnsemble(keras.Model):
             )
             self.search_history = found.history
             self.head_layer = found.head_layer
-            self._make_bank(found.ratios)
-        activations = ClassActivations(self.student, list(self.ratios), cut=self.head_layer)
+            own = {"*": _UNFROZEN_RATIO} if self.tune == "unfrozen" else {}
+            frozen = {b.name: 0.0 for b in find_blocks(self._graph, before=self._cut)}
+            self._make_bank({**frozen, **found.ratios, **own} if own else found.ratios)
+        activations = ClassActivations(
+            self.student, [block.name for block in self._bank.blocks], cut=self.head_layer
+        )
         activations.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
         seed = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
         self._bank.prune(activations, seed.view(np.int64))
@@ -288,11 +320,11 @@ class DifferentiatorEnsemble(keras.Model):
         self._calibration.assign(np.zeros(4, np.float32))
 
     def compile(self, optimizer: Any = "adam") -> None:
-        """Choose the optimizer of the differentiators' heads.
+        """Choose the optimizer of `tune="unfrozen"`; heads have a closed form and need none.
 
         Args:
-            optimizer: Name or instance of a Keras optimizer. Every chunk of heads starts with a
-                fresh one of the same configuration.
+            optimizer: Name or instance of a Keras optimizer. Every round of every differentiator
+                starts with a fresh one of the same configuration.
         """
         self._optimizer_config = keras.optimizers.serialize(keras.optimizers.get(optimizer))
 
@@ -301,6 +333,7 @@ class DifferentiatorEnsemble(keras.Model):
         x: Any,
         y: Any = None,
         *,
+        epochs: int = 5,
         batch_size: int = 32,
         images_per_class: int = 100,
         verbose: int | str = "auto",
@@ -315,7 +348,9 @@ class DifferentiatorEnsemble(keras.Model):
         Args:
             x: Training images, as for `adapt`.
             y: Integer labels of shape `(n,)` in `0..K-1`.
-            batch_size: Images per batch, for arrays.
+            epochs: Passes over a differentiator's images in each round of `tune="unfrozen"`; heads
+                have a closed form. Defaults to `5`.
+            batch_size: Images in a step of fine-tuning, and per batch of arrays.
             images_per_class: At most this many images of each class are used, chosen at random.
                 More take longer and reject fewer honest inputs. Defaults to `100`.
             verbose: 0 shows no progress bar.
@@ -329,36 +364,50 @@ class DifferentiatorEnsemble(keras.Model):
             ValueError: A class has no image, or the data does not fit the Student.
         """
         self._require(_ADAPTED)
+        epochs = check_integer("epochs", epochs, 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
         images_per_class = check_integer("images_per_class", images_per_class, 1)
         rng = np.random.default_rng(self.seed)
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True), images_per_class, rng
         )
 
-        @tf.function(
-            input_signature=[
-                self._image_spec(),
-                tf.TensorSpec((None, None), tf.int32),
-                tf.TensorSpec((None,), tf.int32),
-            ]
-        )
-        def row_features(images: tf.Tensor, rows: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
-            values = self._graph.run(self._preprocess(images), self._bank.needs)
-            return self._bank.body_features(values, rows, members)
-
+        features = self._rows_function(self._bank.body_features)
         members = np.arange(len(self.pairs))
         loss, accuracy = np.zeros((2, len(members)))
         history = keras.callbacks.History()
         history.history = {"loss": [], "accuracy": []}
+        trainer = None
+        if self._bank.top is not None:
+            trainer = TopTrainer(
+                self._bank.top,
+                self._optimizer_config or keras.optimizers.serialize(keras.optimizers.get("adam")),
+                outputs=1 if self.head == "pair" else 2,
+                iterations=self.iterations,
+                epochs=epochs,
+                batch_size=batch_size,
+            )
         for level in range(len(LEVELS)):
             self._bank.set_level(members, level)
             bar = keras.utils.Progbar(
-                len(members), verbose=0 if verbose == 0 else 1, unit_name="differentiator"
+                len(members) * (2 if trainer else 1),
+                verbose=0 if verbose == 0 else 1,
+                unit_name="differentiator",
             )
+            if trainer is not None:
+                tops = tune_tops(
+                    self._rows_function(self._bank.masked_body),
+                    sample,
+                    members,
+                    self.pairs[members],
+                    self.head,
+                    trainer,
+                    rng=rng,
+                    progress=bar.add,
+                )
+                self._bank.set_tops(members, *tops)
             heads = train_heads(
-                lambda images, rows, members: row_features(
-                    images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
-                ),
+                features,
                 sample,
                 members,
                 self.pairs[members],
@@ -373,11 +422,29 @@ class DifferentiatorEnsemble(keras.Model):
             history.history["loss"].append(float(loss.mean()))
             history.history["accuracy"].append(float(accuracy.mean()))
             members = np.flatnonzero(accuracy < _FLOOR)
-            if not len(members) or not self.ratios:
+            if not len(members) or not self._bank.blocks:
                 break
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
         return history
+
+    def _rows_function(self, body: Any) -> RowFeatures:
+        """Compile what computes rows of images under masks, from images."""
+
+        @tf.function(
+            input_signature=[
+                self._image_spec(),
+                tf.TensorSpec((None, None), tf.int32),
+                tf.TensorSpec((None,), tf.int32),
+            ]
+        )
+        def compute(images: tf.Tensor, rows: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
+            values = self._graph.run(self._preprocess(images), self._bank.needs)
+            return body(values, rows, members)
+
+        return lambda images, rows, members: compute(
+            images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
+        )
 
     def calibrate(
         self,
@@ -607,6 +674,8 @@ class DifferentiatorEnsemble(keras.Model):
             "retention": self.retention,
             "head": self.head,
             "head_layer": self.head_layer,
+            "tune": self.tune,
+            "iterations": self.iterations,
             "jitter": self.jitter,
             "ensemble_size": self.ensemble_size,
             "reject_threshold": self.reject_threshold,

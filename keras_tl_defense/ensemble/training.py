@@ -41,11 +41,14 @@ class HeadRows(NamedTuple):
         positive: Boolean array of shape `(bodies, rows, heads)`: images of the head's class.
         weight: Float array of shape `(bodies, rows)`: the first class, the second, and the others
             count the same in all; rows that only fill up have 0.
+        group: Int array of shape `(rows,)`: 0 for images of the first class, 1 for the second, 2
+            for others.
     """
 
     numbers: np.ndarray
     positive: np.ndarray
     weight: np.ndarray
+    group: np.ndarray
 
 
 class FittedHeads(NamedTuple):
@@ -127,7 +130,7 @@ def choose_rows(
         weight[:, group == part] = rows / rows.sum(axis=1, keepdims=True)
     heads = 1 if head == "pair" else 2
     positive = np.broadcast_to(group[:, None] == np.arange(heads), (*numbers.shape, heads))
-    return HeadRows(numbers, positive, weight)
+    return HeadRows(numbers, positive, weight, group)
 
 
 def train_heads(

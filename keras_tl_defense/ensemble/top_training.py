@@ -1,0 +1,295 @@
+"""Prune and fine-tune the tops of differentiators, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble.tops import Arrays, OwnTop
+from keras_tl_defense.ensemble.training import ClassImages, HeadKind, RowFeatures, choose_rows
+from keras_tl_defense.pruning.ratios import rising_ratio
+
+_RIDGE = 0.1  # of the mean squared length of a centred row
+
+Observe = Callable[[np.ndarray], tuple[tf.Tensor, dict[str, tf.Tensor]]]
+"""Maps values at the cut to features and to the activation of each pruned layer's units."""
+
+
+def tune_tops(
+    row_values: RowFeatures,
+    sample: ClassImages,
+    members: np.ndarray,
+    pairs: np.ndarray,
+    head: HeadKind,
+    trainer: TopTrainer,
+    *,
+    rng: np.random.Generator,
+    progress: Callable[[int], None],
+) -> tuple[Arrays, Arrays]:
+    """Prune and fine-tune the tops of differentiators on the images of their classes.
+
+    Args:
+        row_values: Computes the values at the cut under the masks of differentiators, flattened.
+        sample: Training images.
+        members: Int array of shape `(bodies,)`: numbers of the differentiators.
+        pairs: Int array of shape `(bodies, 2)`: their classes.
+        head: `"pair"` or `"one_vs_rest"`.
+        trainer: Trains one after the other.
+        rng: Chooses the images of other classes, and shuffles.
+        progress: Called with the number of differentiators that are done since the last call.
+
+    Returns:
+        Compact weights and kept filters, stacked: the differentiators as first dimension.
+    """
+    rows = choose_rows(sample.counts, pairs, head, rng)
+    tops = []
+    for number, member in enumerate(members):
+        used = rows.weight[number] > 0
+        numbers, group = rows.numbers[number, used], rows.group[used]
+        unique, index = np.unique(numbers, return_inverse=True)
+        values = row_values(sample.images[unique], index.reshape(1, -1), member[None]).numpy()
+        positive = rows.positive[number, used].astype(np.float32)
+        weight = rows.weight[number, used] / rows.weight[number, used].mean()
+        tops.append(
+            trainer.fit(
+                values.reshape(-1, *trainer.cut_shape),
+                positive,
+                np.broadcast_to(weight[:, None], positive.shape).astype(np.float32),
+                (np.flatnonzero(group == 0), np.flatnonzero(group == 1)),
+                rng,
+            )
+        )
+        progress(1)
+    weights = {name: np.stack([top.weights[name] for top in tops]) for name in tops[0].weights}
+    return weights, {name: np.stack([top.kept[name] for top in tops]) for name in tops[0].kept}
+
+
+class TrainedTop(NamedTuple):
+    """What `TopTrainer.fit` returns.
+
+    Attributes:
+        weights: Compact weights of the final ratios.
+        kept: Kept filters.
+        loss: Weighted cross-entropy in each epoch, summed over the outputs, array of shape
+            `(iterations * epochs,)`.
+        accuracy: Weighted share of right answers in each epoch, array of the same shape.
+    """
+
+    weights: Arrays
+    kept: Arrays
+    loss: np.ndarray
+    accuracy: np.ndarray
+
+
+class TopTrainer:
+    """Prunes and trains one differentiator's top after the other.
+
+    Each starts from the Student's weights. In every round its units are scored by their mean
+    |activation| on images of two classes, the larger of the two class means; the ratios of the
+    round (`rising_ratio`) say how many of them stay; and what stays is trained together with a
+    linear head, which starts at a ridge regression. That head only guides the training and is
+    dropped. Shapes depend on the round alone, so the graph and variables of a round serve every
+    differentiator.
+
+    Args:
+        top: The layers.
+        optimizer: Configuration of a Keras optimizer, as `keras.optimizers.serialize` gives it.
+        outputs: Number of logits of the head.
+        iterations: Rounds of pruning and training.
+        epochs: Passes over the rows in each round.
+        batch_size: Rows in a step.
+
+    Attributes:
+        cut_shape: Shape of what comes from the cut, without the batch.
+    """
+
+    def __init__(
+        self,
+        top: OwnTop,
+        optimizer: Any,
+        *,
+        outputs: int,
+        iterations: int,
+        epochs: int,
+        batch_size: int,
+    ) -> None:
+        self._top = top
+        self.cut_shape = top.cut_shape
+        self._epochs = epochs
+        self._batch_size = batch_size
+        self._rounds = [
+            _Round(
+                top,
+                {name: rising_ratio(r, number, iterations) for name, r in top.ratios.items()},
+                optimizer,
+                outputs,
+            )
+            for number in range(1, iterations + 1)
+        ]
+        rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
+        self._observe_student = tf.function(top.observe_student, input_signature=[rows])
+
+    def fit(
+        self,
+        cut_values: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        scored: tuple[np.ndarray, np.ndarray],
+        rng: np.random.Generator,
+    ) -> TrainedTop:
+        """Prune and train one differentiator.
+
+        Args:
+            cut_values: Float32 array of shape `(rows, *cut shape)`: training images at the cut.
+            targets: Float32 array of shape `(rows, outputs)`, 0 or 1.
+            weights: Float32 array of shape `(rows, outputs)`: how much each counts in the loss.
+            scored: Numbers of the rows that are images of each of the two classes, by which units
+                are scored.
+            rng: Shuffles the rows.
+        """
+        top = self._top
+        observe: Observe = self._observe_student
+        own, kept = top.start()
+        history = []
+        for current in self._rounds:
+            activity = self._class_scores(observe, cut_values, scored)
+            own, kept = top.prune(current.ratios, activity, own, kept)
+            current.start(own, kept)
+            observe = current.observe
+            features, _ = self._observe(observe, cut_values)
+            current.start_head(*_ridge(features, targets, weights))
+            for _ in range(self._epochs):
+                order = rng.permutation(len(cut_values))
+                sums = [
+                    current.step(cut_values[batch], targets[batch], weights[batch])
+                    for batch in np.array_split(order, -(-len(order) // self._batch_size))
+                ]
+                loss, right = np.sum(sums, axis=0)
+                history.append((loss / len(order), right / weights.sum()))
+            own = current.weights()
+        loss, accuracy = np.array(history, np.float32).T
+        return TrainedTop(own, kept, loss, accuracy)
+
+    def _observe(self, observe: Observe, rows: np.ndarray) -> tuple[np.ndarray, Arrays]:
+        """Features and activations of all rows, computed in batches."""
+        parts = [
+            observe(rows[start : start + self._batch_size])
+            for start in range(0, len(rows), self._batch_size)
+        ]
+        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+
+    def _class_scores(
+        self, observe: Observe, rows: np.ndarray, scored: tuple[np.ndarray, np.ndarray]
+    ) -> Arrays:
+        """The larger of the two class means of each unit's activation, `(units,)` per layer."""
+        first, second = (self._observe(observe, rows[numbers])[1] for numbers in scored)
+        return {
+            name: np.maximum(first[name].mean(axis=0), second[name].mean(axis=0)) for name in first
+        }
+
+
+class _Round:
+    """The variables of one round's compact top and its head, and the graphs that train them."""
+
+    def __init__(self, top: OwnTop, ratios: dict[str, float], optimizer: Any, outputs: int) -> None:
+        self.ratios = ratios
+        self._top = top
+        holder = keras.layers.Layer()
+
+        def add(name: str, shape: tuple[int, ...]) -> Any:
+            name = name.replace("/", "_")
+            return holder.add_weight(name=name, shape=shape, initializer="zeros")
+
+        shapes = top.weight_shapes(ratios)
+        self._own = {name: add(name, shape) for name, shape in shapes.items()}
+        self._kernel = add("head_kernel", (top.features, outputs))
+        self._bias = add("head_bias", (outputs,))
+        self._masks = {name: tf.Variable(tf.zeros(shapes[name])) for name in top.pruned_kernels}
+        counts = top.kept_counts(ratios)
+        self._kept = {
+            name: tf.Variable(tf.zeros(count, tf.int32)) for name, count in counts.items()
+        }
+        self._trained = [*self._own.values(), self._kernel, self._bias]
+        self._optimizer = keras.optimizers.deserialize(optimizer)
+        self._optimizer.build(self._trained)
+        self._fresh_state = [_to_numpy(variable) for variable in self._optimizer.variables]
+        rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
+        logits = tf.TensorSpec((None, outputs), tf.float32)
+        self.observe = tf.function(self._observe, input_signature=[rows])
+        self.step = tf.function(self._train_step, input_signature=[rows, logits, logits])
+
+    def start(self, weights: Arrays, kept: Arrays) -> None:
+        """Begin with these weights; zeros in pruned kernels stay. The optimizer starts afresh."""
+        for name, variable in self._own.items():
+            variable.assign(weights[name])
+        for name, variable in self._kept.items():
+            variable.assign(kept[name])
+        for name, variable in self._masks.items():
+            variable.assign((weights[name] != 0).astype(np.float32))
+        for variable, value in zip(self._optimizer.variables, self._fresh_state, strict=True):
+            variable.assign(value)
+
+    def start_head(self, kernel: np.ndarray, bias: np.ndarray) -> None:
+        """Begin with this head."""
+        self._kernel.assign(kernel)
+        self._bias.assign(bias)
+
+    def weights(self) -> Arrays:
+        """The compact weights, pruned connections exactly 0."""
+        return {name: tensor.numpy() for name, tensor in self._masked().items()}
+
+    def _masked(self) -> dict[str, tf.Tensor]:
+        tensors = {name: tf.convert_to_tensor(variable) for name, variable in self._own.items()}
+        tensors.update({name: tensors[name] * mask for name, mask in self._masks.items()})
+        return tensors
+
+    def _observe(self, rows: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        return self._top.observe(rows, self._masked(), self._kept)
+
+    def _train_step(
+        self, rows: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            features = self._top.run(rows, self._masked(), self._kept)
+            logits = tf.linalg.matmul(features, self._kernel) + self._bias
+            loss = weights * tf.nn.sigmoid_cross_entropy_with_logits(targets, logits)
+            total = tf.reduce_sum(tf.reduce_mean(loss, axis=0))
+        gradients = tape.gradient(total, self._trained)
+        self._optimizer.apply_gradients(zip(gradients, self._trained, strict=True))
+        right = tf.cast(tf.equal(logits > 0, targets > 0.5), tf.float32)
+        return tf.reduce_sum(loss), tf.reduce_sum(weights * right)
+
+
+def _ridge(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted ridge regression of targets -1 and 1 on centred features, for each output.
+
+    Returns:
+        Kernel of shape `(features, outputs)` and bias of shape `(outputs,)`.
+    """
+    kernels, biases = [], []
+    for target, weight in zip(2.0 * targets.T - 1, weights.T.astype(float), strict=True):
+        share = weight / weight.sum()
+        mean = share @ features
+        root = np.sqrt(share)
+        centred = root[:, None] * (features - mean)
+        rows, width = centred.shape
+        penalty = max(_RIDGE * np.sum(centred**2) / rows, 1e-12)
+        if rows < width:
+            dual = np.linalg.solve(centred @ centred.T + penalty * np.eye(rows), root * target)
+            kernel = centred.T @ dual
+        else:
+            gram = centred.T @ centred + penalty * np.eye(width)
+            kernel = np.linalg.solve(gram, centred.T @ (root * target))
+        kernels.append(kernel)
+        biases.append(share @ target - mean @ kernel)
+    return np.stack(kernels, axis=1).astype(np.float32), np.array(biases, np.float32)
+
+
+def _to_numpy(variable: Any) -> np.ndarray:
+    return tf.convert_to_tensor(variable).numpy()
