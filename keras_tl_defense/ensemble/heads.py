@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 _STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of a centred image
 
@@ -58,10 +59,10 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
     weight = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
     root = np.sqrt(weight)[..., None]
     target = np.where(positive, 1, -1).astype(np.float32)
-    mean = np.einsum("bn,bnf->bf", weight, features)[:, None]
+    mean = tf.linalg.matmul(weight[:, None], features)
     level = np.einsum("bn,bnh->bh", weight, target)[:, None]
     centred = (features - mean) * root
-    energy, basis = np.linalg.eigh(centred @ centred.transpose(0, 2, 1))
+    energy, basis = np.linalg.eigh(tf.linalg.matmul(centred, centred, transpose_b=True).numpy())
     energy = np.maximum(energy, 0)
     scale = np.maximum(energy.sum(axis=1, keepdims=True), 1e-12)
     share = np.einsum("bnr,bnh->brh", basis, (target - level) * root)
@@ -84,8 +85,8 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
         else:
             best = found
     _, chosen, dual, margins = best
-    kernel = np.einsum("bnh,bnf->bhf", dual, centred, optimize=True)
-    bias = level[:, 0] - np.einsum("bhf,bf->bh", kernel, mean[:, 0])
+    kernel = tf.linalg.matmul(dual.astype(np.float32), centred, transpose_a=True).numpy()
+    bias = level[:, 0] - tf.linalg.matmul(kernel, mean, transpose_b=True).numpy()[..., 0]
     high, low = (_mean(margins, weight[..., None] * group) for group in (positive, ~positive))
     half = np.maximum((high - low) / 2, 1e-3)
     middle = (high + low) / 2
