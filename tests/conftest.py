@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
+import pandas as pd
 import pytest
 
 import keras_tl_defense as ktd
@@ -90,6 +91,18 @@ def fitted(student: Any, images: Images, ratios: Any, **options: Any) -> Any:
     defence.compile(optimizer="adam")
     defence.fit(images.x_train, images.y_train, verbose=0)
     return defence
+
+
+def draw_history() -> pd.DataFrame:
+    """What a search of ratios could have measured: four candidates, the third chosen."""
+    at = [[0.5, 0.6, 0.7], [0.4, 0.3, 0.5], [0.1, 0.2, 0.3], [0.05, 0.25, 0.6]]
+    history = pd.DataFrame(
+        at, columns=["acceptance_at_0.9", "acceptance_at_0.95", "acceptance_at_0.99"]
+    )
+    history["ratios"] = [{}, {"conv1": 0.85}, {"conv1": 0.85, "conv2": 0.5}, {"conv2": 0.5}]
+    history["head_layer"] = "flatten"
+    history["chosen"] = np.arange(4) == 2
+    return history
 
 
 @pytest.fixture(scope="session")

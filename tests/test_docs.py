@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import draw_history
 
 import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import base, mimicry, targets
 from keras_tl_defense.ensemble import model
-from keras_tl_defense.evaluation import plots, report
+from keras_tl_defense.evaluation import plots, report, roc
 from keras_tl_defense.pruning import masks, ratios
 
 README = Path(__file__).parent.parent / "README.md"
@@ -80,8 +81,10 @@ def test_docstrings_of_results(
     defence.fit(x, y)
     attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
     result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
-    for module in (base, report, plots):
-        globs = {**vars(module), **names, "defence": defence, "result": result}
+    defence.search_history = draw_history()
+    for module in (base, report, plots, roc):
+        made = {"evaluate_defence": ktd.evaluate_defence}
+        globs = {**made, **vars(module), **names, "defence": defence, "result": result}
         examples = doctest.testmod(module, globs=globs)
         assert examples.attempted > 0
         assert examples.failed == 0

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import Images
+from conftest import Images, draw_history
 from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_tl_defense as ktd
 from keras_tl_defense.attacks import AttackResult
-from keras_tl_defense.evaluation import plot_attacks
+from keras_tl_defense.evaluation import plot_attacks, plot_search
 from keras_tl_defense.metrics import Rate
 
 
@@ -83,6 +83,17 @@ def test_every_figure(defence: Any, images: Images, results: dict[str, AttackRes
         assert report.rate(inputs, metric) == pytest.approx(count / n)
     assert hit.any()
     assert away.any()
+    extra = {
+        "clean": {"right": right},
+        "targeted": {"reached": hit},
+        "untargeted": {"reached": away},
+    }
+    assert set(report.details) == set(extra)
+    for inputs, answers in report.details.items():
+        kept = {**(clean if inputs == "clean" else crafted), **extra[inputs]}
+        assert set(answers) == set(kept)
+        for name, values in answers.items():
+            np.testing.assert_array_equal(values, kept[name])
     with pytest.raises(KeyError, match="no 'roc' of 'clean'"):
         report.rate("clean", "roc")
     lines = report.to_markdown().splitlines()
@@ -97,7 +108,6 @@ def test_pictures(
     bars = report.plot().axes[0].patches
     np.testing.assert_allclose([bar.get_width() for bar in bars], report.table["rate"])
     assert "untargeted" in repr(report)
-    assert set(report.details) == {"targeted", "untargeted"}
     names = [f"class {c}" for c in range(6)]
     result = results["targeted"]
     student_class, answer = np.zeros(60, int), np.where(np.arange(60) % 2, 3, 0)
@@ -137,7 +147,47 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
 
 
 def test_a_dataset_will_do(defence: Any, images: Images) -> None:
-    dataset = tf.data.Dataset.from_tensor_slices((images.x_test, images.y_test))
-    shuffled = ktd.evaluate_defence(defence, dataset.shuffle(60).batch(8), verbose=0)
+    """One that comes in another order each time, too: images and labels are of one pass."""
+    passes = []
+
+    def draw() -> Any:
+        order = np.random.default_rng(len(passes)).permutation(60)
+        passes.append(order)
+        yield from zip(images.x_test[order], images.y_test[order], strict=True)
+
+    spec = tf.TensorSpec((12, 12, 3), tf.uint8), tf.TensorSpec((), tf.int64)
+    dataset = tf.data.Dataset.from_generator(draw, output_signature=spec).batch(8)
+    shuffled = ktd.evaluate_defence(defence, dataset, verbose=0)
     arrays = ktd.evaluate_defence(defence, images.x_test, images.y_test, verbose=0)
     pd.testing.assert_frame_equal(shuffled.table, arrays.table)
+    (order,) = passes
+    for name, values in shuffled.details["clean"].items():
+        expected = arrays.details["clean"][name][order]
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="an empty dataset"):
+        ktd.evaluate_defence(defence, dataset.take(0), verbose=0)
+    with pytest.raises(ValueError, match=r"Pass `y`"):
+        ktd.evaluate_defence(defence, images.x_test, verbose=0)
+
+
+def test_a_picture_of_the_search(tmp_path: Any) -> None:
+    history = draw_history()
+    figure = plot_search(history)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert len(axes.lines) == 5
+    for label, values in {
+        "nothing pruned": [0.5, 0.6, 0.7],
+        "candidate": [0.4, 0.3, 0.5],
+        "lowest of all": [0.05, 0.2, 0.3],
+        "chosen: 2 layers pruned, heads read flatten": [0.1, 0.2, 0.3],
+    }.items():
+        np.testing.assert_array_equal(lines[label].get_xdata(), [0.9, 0.95, 0.99])
+        np.testing.assert_allclose(lines[label].get_ydata(), values)
+    assert axes.get_title() == "What the search measured: 4 candidates"
+    assert len(figure.legends[0].get_texts()) == 4
+    figure.savefig(tmp_path / "search.png")
+    with pytest.raises(ValueError, match=r'ratios="auto".*Received: history=None'):
+        plot_search(None)
+    with pytest.raises(ValueError, match=r"lacks the columns chosen, acceptance_at_…\. Pass"):
+        plot_search(history[["ratios", "head_layer"]])

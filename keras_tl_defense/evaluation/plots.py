@@ -1,15 +1,17 @@
-"""Pictures of attacks and of what a defence made of them."""
+"""Pictures of attacks, of what a defence made of them, and of a search of ratios."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from keras_tl_defense.attacks import AttackResult
 
 _AMPLIFY = 10
+_ACCEPTANCE = "acceptance_at_"
 
 
 def plot_attacks(
@@ -70,4 +72,88 @@ def plot_attacks(
         row[4].axis("off")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_search(history: pd.DataFrame | None) -> Figure:
+    """What the search of ratios measured: attack success against retention.
+
+    Args:
+        history: The `search_history` of a defence that was adapted with `ratios="auto"`.
+
+    Returns:
+        A figure with a line for each candidate; those that prune nothing are dashed. The candidate
+        that was chosen, and the lowest that any reached at each retention, stand out. Attack
+        success is the share of all crafted images, of the attack that does best, that mislead the
+        Student and are accepted.
+
+    Raises:
+        ValueError: Nothing was searched, or this is no such history.
+
+    Example:
+        >>> figure = plot_search(defence.search_history)
+        >>> figure.savefig("search.png")
+    """
+    if history is None:
+        raise ValueError(
+            "There is nothing to show, because no ratios were searched, or the defence was loaded "
+            'from a file, which keeps no history. Make the defence with `ratios="auto"` and call '
+            "`adapt(x_train, y_train)`. Received: history=None"
+        )
+    given = [str(name) for name in getattr(history, "columns", ())]
+    columns = [name for name in given if name.startswith(_ACCEPTANCE)]
+    missing = {"ratios", "head_layer", "chosen"}.difference(given)
+    if missing or not columns:
+        raise ValueError(
+            "This is not the history of a search: it lacks the columns "
+            f"{', '.join([*sorted(missing), *([] if columns else [_ACCEPTANCE + '…'])])}. Pass "
+            f"`defence.search_history` as it is. Received: {type(history).__name__} with the "
+            f"columns {given}"
+        )
+    columns.sort(key=lambda name: float(name.removeprefix(_ACCEPTANCE)))
+    retention = [float(name.removeprefix(_ACCEPTANCE)) for name in columns]
+    measured = history[columns].to_numpy(float)
+    chosen = history["chosen"].to_numpy(bool)
+    pruned = history["ratios"].map(len).to_numpy() > 0
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    looks = (
+        (pruned & ~chosen, "candidate", {"color": "0.7", "linewidth": 0.9}),
+        (~pruned & ~chosen, "nothing pruned", {"color": "tab:orange", "linestyle": "--"}),
+    )
+    for group, label, look in looks:
+        for number, line in enumerate(measured[group]):
+            axes.plot(retention, line, marker=".", label=None if number else label, **look)
+    axes.plot(
+        retention,
+        measured.min(axis=0),
+        color="black",
+        linestyle=":",
+        linewidth=2,
+        marker="v",
+        label="lowest of all",
+        zorder=4,
+    )
+    best = history[chosen]
+    for line, ratios, layer in zip(
+        measured[chosen], best["ratios"], best["head_layer"], strict=True
+    ):
+        axes.plot(
+            retention,
+            line,
+            color="tab:blue",
+            linewidth=2.5,
+            marker="o",
+            label=f"chosen: {len(ratios)} layer{'s' * (len(ratios) != 1)} pruned, "
+            f"heads read {layer}",
+            zorder=3,
+        )
+    axes.set_xticks(retention)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("retention of honest images")
+    axes.set_ylabel("attack success: share of all crafted images")
+    axes.set_title(f"What the search measured: {len(history)} candidates")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
-from keras_tl_defense.data import check_labels
-from keras_tl_defense.metrics import Rate
+from keras_tl_defense.data import Batches, check_labels
+from keras_tl_defense.evaluation.roc import RocReport
+from keras_tl_defense.metrics import Rate, clean_rates
 
 _COLUMNS = ["inputs", "metric", *(field.name for field in fields(Rate))]
 
@@ -28,7 +30,9 @@ class DefenceReport:
             Metrics of an attack: `undefended_success`, the Student alone; `defended_success`;
             `accepted`, whatever the answer. `clean_acceptance` is what the paper calls "TPR" and
             `accepted` what it calls "FPR"; in the usual sense of the words they are the opposite.
-        details: For each attack what `explain` says of its images.
+        details: What `explain` says of the images, by inputs. Of clean images also `right`, whether
+            the Student answers the label; of crafted ones `reached`, whether they do to the Student
+            alone what they were made for. Boolean arrays of shape `(n,)`.
     """
 
     def __init__(
@@ -70,6 +74,14 @@ class DefenceReport:
                 f"{row.low:.1%} to {row.high:.1%} |"
             )
         return "\n".join(lines) + "\n"
+
+    def roc(self) -> RocReport:
+        """What each attack achieves at other thresholds of the score than the defence's own.
+
+        Raises:
+            ValueError: The report has no attack, or the Student answers no clean image rightly.
+        """
+        return RocReport(self.details)
 
     def plot(self) -> Figure:
         """Every rate with its interval, a group of bars for each kind of inputs."""
@@ -113,20 +125,61 @@ def evaluate_defence(
         the target (targeted) or not as the source (non-targeted).
 
     Raises:
-        ValueError: An attack's images do not fit the defended Student, or a non-targeted attack's
-            source classes are missing.
+        TypeError: Attacks are not given as results by name.
+        ValueError: An attack's images do not fit the defended Student, a non-targeted attack's
+            source classes are missing, or an attack is called "clean".
 
     Example:
         >>> report = evaluate_defence(defence, x_test, y_test, attacks={"mimicry": result})
         >>> report.table["inputs"].unique().tolist()
         ['clean', 'mimicry']
+        >>> report.roc().table["asked"].tolist()
+        [0.95, 0.9]
     """
-    rows: list[tuple[object, ...]] = []
-    details: dict[str, dict[str, np.ndarray]] = {}
-    clean = defence.evaluate(x_test, y_test, batch_size=batch_size, verbose=verbose)
-    rows += [("clean", metric, *astuple(rate)) for metric, rate in clean.items()]
-    shape = tuple(defence.student.inputs[0].shape)[1:]
-    attacks = {} if attacks is None else attacks
+    attacks = _check_attacks({} if attacks is None else attacks, defence)
+    batches = Batches(
+        x_test,
+        y_test,
+        shape=_image_shape(defence),
+        classes=defence.classes,
+        batch_size=batch_size,
+        pixels=True,
+    )
+    clean, labels = _explain_labelled(defence, batches, verbose)
+    clean["right"] = clean["student_class"] == labels
+    details = {"clean": clean}
+    rates = clean_rates(labels, clean["student_class"], clean["answer"])
+    rows = [("clean", metric, *astuple(rate)) for metric, rate in rates.items()]
+    for name, result in attacks.items():
+        crafted = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
+        reached, accepted = result.reached(crafted["student_class"]), crafted["accepted"]
+        details[name] = {**crafted, "reached": reached}
+        for metric, hits in (
+            ("undefended_success", reached),
+            ("defended_success", reached & accepted),
+            ("accepted", accepted),
+        ):
+            rows.append((name, metric, *astuple(Rate.of(hits))))
+    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details)
+
+
+def _explain_labelled(
+    defence: Any, batches: Batches, verbose: int | str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What `explain` says of each image, and its label, from one pass: datasets may shuffle."""
+    bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
+    parts, labels = [], []
+    for images, label in batches:
+        parts.append(defence.explain(images, batch_size=len(images), verbose=0))
+        labels.append(label)
+        bar.add(1)
+    if not parts:
+        raise ValueError("At least one image is needed. Received: an empty dataset")
+    details = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return details, np.concatenate(labels)
+
+
+def _check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
     if not isinstance(attacks, Mapping) or not all(
         isinstance(result, AttackResult) for result in attacks.values()
     ):
@@ -134,6 +187,7 @@ def evaluate_defence(
             'Attacks are given by name, as `attacks={"mimicry": result}` with what the attack '
             f"returned. Received: attacks={type(attacks).__name__}"
         )
+    shape = _image_shape(defence)
     for name, result in attacks.items():
         if name == "clean":
             raise ValueError(
@@ -151,13 +205,8 @@ def evaluate_defence(
             if labels is not None:
                 where = f"attacks[{name!r}].{field}"
                 check_labels(labels, defence.classes, len(result.adversarial), where)
-        details[name] = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
-        reached = result.reached(details[name]["student_class"])
-        accepted = details[name]["accepted"]
-        for metric, hits in (
-            ("undefended_success", reached),
-            ("defended_success", reached & accepted),
-            ("accepted", accepted),
-        ):
-            rows.append((name, metric, *astuple(Rate.of(hits))))
-    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details)
+    return attacks
+
+
+def _image_shape(defence: Any) -> tuple[int, ...]:
+    return tuple(defence.student.inputs[0].shape)[1:]
