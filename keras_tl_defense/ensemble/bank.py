@@ -1,6 +1,8 @@
 """All differentiators of a Student, stacked: masks, thresholds and heads as a few weights.
 
-Nothing here is of the Student's size. A differentiator is a row in each weight.
+Nothing here is of the Student's size. A differentiator is a row in each weight. One more row is the
+*reference*: the body pruned by the activations of all classes together, under a head for each
+class, which says what else an image may be.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class DifferentiatorBank(keras.layers.Layer):
         heads: Heads of each differentiator: 1, the first class against the second, or 2, each
             against all other classes.
         jitter: Standard deviation of the normal noise on the logarithms of the filters' scores.
-        top: The layers after the tensor of which each differentiator has its own; `None` lets the
+        top: The layers after the tensor, of which each differentiator has its own; `None` lets the
             heads read the tensor itself.
 
     Attributes:
@@ -73,10 +75,11 @@ class DifferentiatorBank(keras.layers.Layer):
         self.features = _feature_count(graph, tensor) if top is None else top.features
         pairs = len(self.pairs)
         _check_size(pairs, heads, self.features, top)
+        self.reference = pairs
         add = self.add_weight
         filters = sum(block.units for block in self._layout.filters)
         self.filter_masks = add(
-            name="filter_masks", shape=(pairs, filters), dtype="bool", initializer="ones"
+            name="filter_masks", shape=(pairs + 1, filters), dtype="bool", initializer="ones"
         )
         self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
         self.levels = add(name="levels", shape=(pairs,), dtype="int32", initializer="zeros")
@@ -88,13 +91,16 @@ class DifferentiatorBank(keras.layers.Layer):
             )
             if block.kind == "connections":
                 self._thresholds[block.name] = add(
-                    name="thresholds" + suffix, shape=(pairs,), initializer="zeros"
+                    name="thresholds" + suffix, shape=(pairs + 1,), initializer="zeros"
                 )
                 self._ties[block.name] = add(
-                    name="ties" + suffix, shape=(pairs,), dtype="int64", initializer="zeros"
+                    name="ties" + suffix, shape=(pairs + 1,), dtype="int64", initializer="zeros"
                 )
         self.kernel = add(name="kernel", shape=(pairs, heads, self.features), initializer="zeros")
         self.bias = add(name="bias", shape=(pairs, heads), initializer="zeros")
+        width = _feature_count(graph, tensor)
+        self.rival_kernel = add(name="rival_kernel", shape=(width, classes), initializer="zeros")
+        self.rival_bias = add(name="rival_bias", shape=(classes,), initializer="zeros")
         self._top_weights, self._top_kept = {}, {}
         if top is not None:
             for number, (name, shape) in enumerate(top.weight_shapes().items()):
@@ -121,6 +127,7 @@ class DifferentiatorBank(keras.layers.Layer):
             self._activations[block.name].assign(activations[block.name])
         self.jitter_seed.assign(jitter_seed)
         self.set_level(np.arange(len(self.pairs)), 0)
+        self._set_masks(np.array([self.reference]), [np.arange(self._classes)], 0)
 
     def set_level(self, members: np.ndarray, level: int) -> None:
         """Prune some differentiators by `LEVELS[level]` of the ratios.
@@ -129,16 +136,19 @@ class DifferentiatorBank(keras.layers.Layer):
             members: Int array of shape `(n,)`: their numbers.
             level: A position in `LEVELS`.
         """
-        layout = self._layout
         self.levels.assign(_replaced(self.levels, members, level))
+        self._set_masks(members, self.pairs[members], level)
+
+    def _set_masks(self, members: np.ndarray, class_sets: Any, level: int) -> None:
+        layout = self._layout
         masks = []
         for number, block in enumerate(layout.blocks):
             ratio = LEVELS[level] * layout.ratios[block.name]
             means = np.array(self._activations[block.name])
-            scores = class_set_scores(means, self.pairs[members])
+            scores = class_set_scores(means, np.asarray(class_sets))
             if block.kind == "filters":
                 seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
-                noise = np.random.default_rng(seed).normal(size=(len(self.pairs), block.units))
+                noise = np.random.default_rng(seed).normal(size=(len(self.pairs) + 1, block.units))
                 masks.append(filter_masks(scores * np.exp(self._jitter * noise[members]), ratio))
                 continue
             kernel = np.array(block.step.layer.kernel)
@@ -166,6 +176,11 @@ class DifferentiatorBank(keras.layers.Layer):
         for stacks, arrays in ((self._top_weights, weights), (self._top_kept, kept)):
             for name, array in arrays.items():
                 stacks[name].assign(_replaced(stacks[name], members, array))
+
+    def set_rivals(self, kernel: np.ndarray, bias: np.ndarray) -> None:
+        """Set the reference's heads, of shapes `(features, classes)` and `(classes,)`."""
+        self.rival_kernel.assign(kernel)
+        self.rival_bias.assign(bias)
 
     def kept(self) -> list[tuple[int, int, str, int, int]]:
         """Level, its differentiators, and name, units and units kept of each pruned layer.
@@ -240,10 +255,31 @@ class DifferentiatorBank(keras.layers.Layer):
         logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1) + bias
         return tf.reshape(logits, tf.shape(members)) * sign
 
+    def rival(self, values: dict[int, tf.Tensor], student_class: tf.Tensor) -> tf.Tensor:
+        """How surely the reference takes each image for another class than the Student's.
+
+        Args:
+            values: The unmasked tensors of a pass over the images.
+            student_class: Int tensor of shape `(batch,)`.
+
+        Returns:
+            Float tensor of shape `(batch,)`: the largest margin of another class.
+        """
+        rows = tf.range(tf.shape(student_class)[0])[None]
+        features = self.masked_body(values, rows, tf.constant([self.reference]))
+        kernel = tf.convert_to_tensor(self.rival_kernel)
+        margins = tf.linalg.matmul(tf.cast(features, kernel.dtype), kernel)
+        margins += tf.convert_to_tensor(self.rival_bias)
+        own = tf.one_hot(student_class, self._classes, on_value=True, off_value=False)
+        return tf.reduce_max(tf.where(own, margins.dtype.min, margins), axis=1)
+
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
         """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
-        classes = tf.gather(tf.constant(self.pairs, tf.int32), member)
-        unit_scores = tf.reduce_max(tf.gather(self._activations[name], classes), axis=0)
+        means = tf.convert_to_tensor(self._activations[name])
+        pairs = tf.constant(np.concatenate([self.pairs, [[0, 0]]]), tf.int32)
+        own = tf.reduce_max(tf.gather(means, tf.gather(pairs, member)), axis=0)
+        every = tf.reduce_max(means, axis=0)
+        unit_scores = tf.where(tf.equal(member, self.reference), every, own)
         kernel = tf.convert_to_tensor(self._layout.by_name[name].step.layer.kernel)
         score = tf.abs(kernel) * unit_scores[:, None]
         index = tf.reshape(tf.range(tf.size(score, tf.int64), dtype=tf.int64), tf.shape(score))

@@ -33,7 +33,13 @@ from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
 from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
-from keras_tl_defense.ensemble.training import HeadKind, RowFeatures, sample_classes, train_heads
+from keras_tl_defense.ensemble.training import (
+    HeadKind,
+    RowFeatures,
+    sample_classes,
+    train_heads,
+    train_rivals,
+)
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.blocks import find_blocks
@@ -373,6 +379,7 @@ class DifferentiatorEnsemble(keras.Model):
         )
 
         features = self._rows_function(self._bank.body_features)
+        rows_at_once = self._bank.rows_at_once(_BODY_BYTES)
         members = np.arange(len(self.pairs))
         loss, accuracy = np.zeros((2, len(members)))
         history = keras.callbacks.History()
@@ -413,7 +420,7 @@ class DifferentiatorEnsemble(keras.Model):
                 self.pairs[members],
                 self._bank.features,
                 self.head,
-                rows_at_once=self._bank.rows_at_once(_BODY_BYTES),
+                rows_at_once=rows_at_once,
                 rng=rng,
                 progress=bar.add,
             )
@@ -424,6 +431,9 @@ class DifferentiatorEnsemble(keras.Model):
             members = np.flatnonzero(accuracy < _FLOOR)
             if not len(members) or not self._bank.blocks:
                 break
+        body = self._rows_function(self._bank.masked_body)
+        rivals = train_rivals(body, sample, self._bank.reference, rows_at_once)
+        self._bank.set_rivals(*rivals)
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
         return history
@@ -512,7 +522,9 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
         disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
         disagreements = tf.where(finite, disagreements, self.ensemble_size)
-        score = tf.where(finite, tf.reduce_mean(margins, axis=1), _LOWEST)
+        score = tf.reduce_mean(margins, axis=1) - self._bank.rival(values, student_class)
+        finite &= tf.math.is_finite(score)
+        score = tf.where(finite, score, _LOWEST)
         calibration = tf.convert_to_tensor(self._calibration)
         accepted = tf.where(
             tf.equal(self._decision, 1),
@@ -559,8 +571,9 @@ class DifferentiatorEnsemble(keras.Model):
         Returns:
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
-            `score`, the members' mean margin: 1 is usual for an honest image of the Student's
-            class, -1 for one of another class;
+            `score`, the members' mean margin (1 is usual for an honest image of the Student's
+            class, -1 for one of another class), less the largest margin that a pruned reference
+            body gives another class;
             `members`, `(n, ensemble_size)`, rows of `pairs`.
         """
         return self._explain(self._batches(x, None, batch_size), verbose)[0]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import tensorflow as tf
-from scipy.stats import rankdata
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import MimicryAttack, plan_attacks
@@ -24,6 +23,7 @@ from keras_tl_defense.ensemble.heads import fit_heads
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.training import ClassImages, sample_classes
 from keras_tl_defense.graph import ModelGraph
+from keras_tl_defense.metrics import Auroc
 from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
@@ -137,7 +137,7 @@ class _Candidate(NamedTuple):
 
     @property
     def loss(self) -> tuple[float, float]:
-        """What is made small: acceptance, averaged over retentions near the one asked; AUROC."""
+        """What is made small: acceptance, and of equal ones the overlap of the scores."""
         return (self.acceptance, -self.auroc)
 
 
@@ -285,23 +285,24 @@ class _Trial:
         weight = 1 / np.bincount(self._labels[fit])[self._labels[fit]]
         positive = self._labels[fit][:, None] == classes
         right = self._held_out & self._honest
-        clean, held_out, accuracy = 0.0, 0.0, 0.0
+        clean, held_out, accuracy = np.zeros(1), np.zeros(1), 0.0
+        honest = self._labels[right]
         crafted: list[Any] = [0.0] * len(self._attacks)
         for number, pair in enumerate(self._pairs):
             mask = self._masks(blocks, ratios, pair, number)
             features = body(self._images, mask)
             heads = fit_heads(features[None, fit], positive[None], weight[None])
             kernel, bias = heads.kernel[0].T, heads.bias[0]
-            own = heads.margins[0][np.arange(len(weight)), self._labels[fit]]
-            clean = clean + own[self._honest[fit]]
+            left_out = _scores(heads.margins[0], self._labels[fit], rivals=number == 0)
+            clean = clean + left_out[self._honest[fit]]
             margins = features[right] @ kernel + bias
-            accuracy += float(np.mean(margins.argmax(axis=1) == self._labels[right]))
-            held_out = held_out + margins[np.arange(len(margins)), self._labels[right]]
+            accuracy += float(np.mean(margins.argmax(axis=1) == honest))
+            held_out = held_out + _scores(margins, honest, rivals=number == 0)
             for index, (images, answered, _) in enumerate(self._attacks):
                 if len(images):
                     margins = body(images, mask) @ kernel + bias
-                    crafted[index] = crafted[index] + margins[np.arange(len(images)), answered]
-        scores = np.concatenate([np.asarray(clean), np.asarray(held_out)])
+                    crafted[index] = crafted[index] + _scores(margins, answered, number == 0)
+        scores = np.concatenate([clean, held_out])
         curves = [
             max(
                 float(np.sum(values >= score_threshold(scores, retention))) / count
@@ -309,7 +310,9 @@ class _Trial:
             )
             for retention in (self._retention, *_RETENTIONS)
         ]
-        separation = [_auroc(scores, np.atleast_1d(v)) for v in crafted if np.ndim(v) and len(v)]
+        separation = [
+            Auroc.of(scores, np.atleast_1d(v)).auroc for v in crafted if np.ndim(v) and len(v)
+        ]
         return curves[0], min(separation, default=1.0), accuracy / _BODIES, tuple(curves[1:])
 
     def _answered_held_out(self) -> np.ndarray:
@@ -425,10 +428,20 @@ def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return held_out
 
 
-def _auroc(honest: np.ndarray, crafted: np.ndarray) -> float:
-    """How likely an honest input scores higher than a crafted one."""
-    ranks = rankdata(np.concatenate([honest, crafted]))[: len(honest)]
-    return float((ranks.mean() - (len(honest) + 1) / 2) / len(crafted))
+def _scores(margins: np.ndarray, answered: np.ndarray, rivals: bool) -> np.ndarray:
+    """A body's part in the score: its mean with the others', less the largest other margin.
+
+    Args:
+        margins: Float array of shape `(n, classes)`.
+        answered: Int array of shape `(n,)`: the classes answered.
+        rivals: Whether this body is the reference, too.
+    """
+    own = np.take_along_axis(margins, answered[:, None], axis=1)[:, 0] / _BODIES
+    if not rivals:
+        return own
+    others = margins.copy()
+    np.put_along_axis(others, answered[:, None], -np.inf, axis=1)
+    return np.asarray(own - others.max(axis=1))
 
 
 def _warn(best: _Candidate, search: _Search, trial: _Trial, retention: float) -> None:

@@ -18,6 +18,7 @@ RowFeatures = Callable[[np.ndarray, np.ndarray, np.ndarray], tf.Tensor]
 """Maps images, rows `(groups, n)` and members `(groups,)` to features `(groups * n, features)`."""
 
 _CHUNK_BYTES = 256 << 20
+_REFERENCE_ROWS = 1500
 _OTHERS = 128  # images of other classes for each differentiator
 
 
@@ -190,6 +191,35 @@ def train_heads(
             )
         )
     return FittedHeads(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def train_rivals(
+    row_features: RowFeatures, sample: ClassImages, reference: int, rows_at_once: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a head for each class on the features of one body.
+
+    Args:
+        row_features: Computes features under the masks of differentiators.
+        sample: Training images, of which at most some 1500 are used.
+        reference: Number of the body.
+        rows_at_once: Rows that `row_features` may be given in one call.
+
+    Returns:
+        Kernel of shape `(features, classes)` and bias of shape `(classes,)`.
+    """
+    classes = np.arange(len(sample.counts))
+    counts = np.minimum(sample.counts, max(2, _REFERENCE_ROWS // len(classes)))
+    starts = np.cumsum(sample.counts) - sample.counts
+    numbers = np.concatenate([s + np.arange(c) for s, c in zip(starts, counts, strict=True)])
+    labels = np.repeat(classes, counts)
+    parts = []
+    for start in range(0, len(numbers), rows_at_once):
+        images = sample.images[numbers[start : start + rows_at_once]]
+        rows = np.arange(len(images))[None]
+        parts.append(row_features(images, rows, np.array([reference])).numpy())
+    positive = labels[:, None] == classes
+    heads = fit_heads(np.concatenate(parts)[None], positive[None], (1 / counts)[labels][None])
+    return heads.kernel[0].T, heads.bias[0]
 
 
 def _balanced(values: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> np.ndarray:
