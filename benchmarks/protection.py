@@ -66,15 +66,15 @@ def measure(
     )
     defence.adapt(case.x_train, case.y_train, verbose=0)
     adapted = time.perf_counter()
-    defence.fit(case.x_train, case.y_train, epochs=epochs, images_per_class=40, verbose=0)
+    x, y = case.augmented()
+    defence.fit(x, y, epochs=epochs, images_per_class=40, verbose=0)
     fitted = time.perf_counter()
     rows = []
     calibrated = defence.calibrate(case.x_val, case.y_val, verbose=0)
     for decision in ("count", "score"):
         defence.decision = decision
         report = ktd.evaluate_defence(defence, case.x_test, case.y_test, attacks, verbose=0)
-        rates = {f"{r.inputs} {r.metric}": r for r in report.table.itertuples()}
-        row = {
+        row: dict[str, Any] = {
             "student": case.name,
             "defence": label,
             "decision": "votes" if decision == "count" else "calibrated",
@@ -85,8 +85,9 @@ def measure(
             "seconds fit": fitted - adapted,
             "validation retention": calibrated.rate,
         }
-        for name, rate in rates.items():
-            row[name], row[f"{name} n"] = rate.count, rate.n
+        for rate in report.table.to_dict("records"):
+            name = f"{rate['inputs']} {rate['metric']}"
+            row[name], row[f"{name} n"] = rate["count"], rate["n"]
         roc = report.roc().table
         for kind in attacks:
             own = roc[roc["inputs"] == kind]

@@ -13,7 +13,7 @@ import pandas as pd
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.demo import RATIOS, train_synthetic_teacher
+from keras_tl_defense.demo import train_synthetic_teacher
 
 CUT, ATTACKS, TRIES, SEED = "flatten", 200, (1, 5, 20), 0
 
@@ -32,13 +32,14 @@ def main() -> None:
     teacher = train_synthetic_teacher(SEED)
     signs = ktd.datasets.synthetic.load_signs(train_per_class=100, test_per_class=40, seed=SEED)
     x, y = signs.x_test, signs.y_test
+    train, validation = signs.hold_out()
     student = ktd.teachers.make_student(
-        teacher, CUT, signs.x_train, signs.y_train, signs.classes, verbose=0
+        teacher, CUT, train.x_train, train.y_train, signs.classes, verbose=0
     )
-    defence = ktd.DifferentiatorEnsemble(student, RATIOS["synthetic"], seed=SEED)
-    defence.adapt(signs.x_train, signs.y_train, verbose=0)
-    defence.compile(optimizer="adam")
-    defence.fit(signs.x_train, signs.y_train, verbose=0)
+    defence = ktd.DifferentiatorEnsemble(student, seed=SEED)
+    defence.adapt(train.x_train, train.y_train, verbose=0)
+    defence.fit(train.x_train, train.y_train, verbose=0)
+    defence.calibrate(validation.x_train, validation.y_train, verbose=0)
     answered = student.predict(x.astype(np.float32), verbose=0).argmax(axis=1)
     plan = ktd.attacks.plan_attacks(y, answered, ATTACKS, seed=SEED)
     attack = ktd.attacks.MimicryAttack(teacher, CUT, budget=0.01, steps=600)

@@ -53,6 +53,12 @@ class Case:
         """The Student's classes of images."""
         return np.asarray(self.student.predict(self.prepared(x), verbose=0).argmax(axis=1))
 
+    def augmented(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training images and labels as the Student saw them: faces are mirrored, too."""
+        if self.name == "gtsrb-mid":
+            return self.x_train, self.y_train
+        return np.concatenate([self.x_train, self.x_train[:, :, ::-1]]), np.tile(self.y_train, 2)
+
     def prepared(self, x: np.ndarray) -> np.ndarray:
         """Images as the Student takes them."""
         x = x.astype(np.float32)

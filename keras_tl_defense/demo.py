@@ -17,11 +17,10 @@ from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks import AttackResult, MimicryAttack, plan_attacks
 from keras_tl_defense.datasets import ImageDataset, faces, gtsrb, synthetic
 from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
-from keras_tl_defense.evaluation import DefenceReport, evaluate_defence, plot_attacks
+from keras_tl_defense.evaluation import DefenceReport, evaluate_defence, plot_attacks, plot_search
 from keras_tl_defense.teachers import build_teacher, load_teacher, make_student
 
 DATA = ("synthetic", "gtsrb", "lfw")
-RATIOS = {"synthetic": {"conv1*": 0.95}, "gtsrb": {"conv1*": 0.85}, "lfw": {"conv1*": 0.85}}
 _WORTH_DEFENDING = 0.25
 _SHOWN = 4
 
@@ -37,7 +36,7 @@ class Demo:
     Args:
         data: `"synthetic"` draws signs and trains a Teacher on other drawn shapes; `"gtsrb"` and
             `"lfw"` read a folder.
-        out: Folder for `report.csv`, `report.md`, `attacks.png`, `rates.png` and the SavedModel.
+        out: Folder for `report.csv`, `report.md`, pictures and the SavedModel.
         data_root: Folder of the data; not for `"synthetic"`.
         teacher: File of a Keras model with a layer `cut`; not for `"synthetic"`.
         cut: Name of the last layer that the Student takes from the Teacher.
@@ -92,16 +91,19 @@ class Demo:
             teacher = self._make_teacher()
         with self._timed("data"):
             dataset = self._load(teacher)
-        x_train, y_train = dataset.x_train, dataset.y_train
+        train, validation = dataset.hold_out()
+        x_train, y_train = train.x_train, train.y_train
         with self._timed("Student"):
             student = make_student(teacher, self.cut, x_train, y_train, dataset.classes)
         with self._timed("attack"):
             attacks = self._attack(teacher, student, dataset)
-        defence = DifferentiatorEnsemble(student, RATIOS[self.data], seed=self.seed)
+        defence = DifferentiatorEnsemble(student, seed=self.seed)
         with self._timed("adapt"):
             defence.adapt(x_train, y_train)
         with self._timed("fit"):
             defence.fit(x_train, y_train)
+        with self._timed("calibrate"):
+            defence.calibrate(validation.x_train, validation.y_train)
         with self._timed("evaluate"):
             report = evaluate_defence(defence, dataset.x_test, dataset.y_test, attacks)
         with self._timed("export"):
@@ -158,6 +160,8 @@ class Demo:
         text = self._describe(report, defence, attacks)
         (out / "report.md").write_text(text, encoding="utf-8")
         report.plot().savefig(out / "rates.png", dpi=120)
+        report.roc().plot().savefig(out / "roc.png", dpi=120)
+        plot_search(defence.search_history).savefig(out / "search.png", dpi=120)
         result = attacks["targeted mimicry"]
         details = report.details["targeted mimicry"]
         reached = result.reached(details["student_class"])
@@ -166,7 +170,7 @@ class Demo:
             result, details["student_class"], details["answer"], shown.tolist(), dataset.class_names
         )
         figure.savefig(out / "attacks.png", dpi=120)
-        print(f"\n{text}\nWritten to {out}: report.csv, report.md, attacks.png, rates.png")
+        print(f"\n{text}\nWritten to {out}: report.csv, report.md and pictures")
 
     def _describe(
         self,
@@ -174,18 +178,24 @@ class Demo:
         defence: DifferentiatorEnsemble,
         attacks: dict[str, AttackResult],
     ) -> str:
-        pruned = ", ".join(f"{name} {ratio:g}" for name, ratio in defence.layer_ratios.items())
+        pruned = ", ".join(f"{name} {ratio:g}" for name, ratio in defence.ratios.items())
+        assert defence.calibration is not None
+        asked, kept = defence.calibration.asked, defence.calibration.retention
         seconds = ", ".join(f"{step} {time:.1f}" for step, time in self.seconds.items())
         return (
             f"# A defended Student ({self.data}, cut at `{defence.cut}`, seed {self.seed})\n\n"
             f"{defence.classes} classes, {len(defence.pairs)} differentiators, "
-            f"{defence.ensemble_size} drawn for each input, rejected when "
-            f"{defence.reject_threshold} disagree; pruned: {pruned}. Attacks: mimicry at "
-            f"`{self.cut}`, DSSIM at most 0.01, {self.steps} steps, "
+            f"{defence.ensemble_size} drawn for each input. The search chose to prune {pruned}, "
+            f"with heads that read `{defence.head_layer}`. Calibrated on {kept.n} held-out images "
+            f"that the Student answers rightly to keep {asked:.0%}; {kept} are kept. Attacks: "
+            f"mimicry at `{self.cut}`, DSSIM at most 0.01, {self.steps} steps, "
             f"{len(attacks['targeted mimicry'].adversarial)} test images each. The attacker knows "
             "the Teacher and not the defence.\n\n"
             f"{report.to_markdown()}\n"
-            "![Rates](rates.png)\n\n![Attacks that fool the undefended Student](attacks.png)\n\n"
+            f"{report.roc().to_markdown()}\n"
+            "![Rates](rates.png)\n\n![Success against retention](roc.png)\n\n"
+            "![What the search measured](search.png)\n\n"
+            "![Attacks that fool the undefended Student](attacks.png)\n\n"
             "`retention`: accepted of the clean images that the Student answers rightly. "
             "`accepted`: crafted images accepted, those that fool nobody and are answered rightly "
             "among them. Success: within budget and "

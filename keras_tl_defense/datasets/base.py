@@ -5,11 +5,13 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from skimage.transform import resize
+
+from keras_tl_defense._validation import check_positive
 
 _CHUNK = 256  # images resized at once: bounds the memory of the float copy
 
@@ -78,6 +80,55 @@ class ImageDataset:
         """The shape `(height, width, 3)` of one image, as a model's input wants it."""
         height, width, channels = self.x_train.shape[1:]
         return height, width, channels
+
+    def hold_out(self, share: float = 0.2, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+        """Split the training images for a calibration.
+
+        Args:
+            share: Number in `(0, 1)`. The part of each class that is held out, at least one image;
+                where there are tracks, of its tracks. Defaults to `0.2`.
+            seed: Integer. Decides which. Defaults to `0`.
+
+        Returns:
+            Two data sets with the same test images: one with the training images that are left, one
+            with those held out.
+
+        Raises:
+            ValueError: A class has only one image, or one track.
+
+        Example:
+
+        >>> from keras_tl_defense.datasets import synthetic
+        >>> signs = synthetic.load_signs(train_per_class=10, test_per_class=1)
+        >>> train, validation = signs.hold_out()
+        >>> len(train.x_train), len(validation.x_train)
+        (128, 32)
+        """
+        share = check_positive("share", share, 1)
+        rng = np.random.default_rng(seed)
+        things = np.arange(len(self.y_train)) if self.track_train is None else self.track_train
+        held_out = np.zeros(len(self.y_train), bool)
+        for label in np.unique(self.y_train):
+            own = self.y_train == label
+            names = rng.permutation(np.unique(things[own]))
+            if len(names) < 2:
+                raise ValueError(
+                    "To hold images out, every class needs at least two training images, of "
+                    "different tracks where there are tracks. Add images. "
+                    f"Received: {len(names)} of class {label}"
+                )
+            count = min(len(names) - 1, max(1, round(share * len(names))))
+            held_out |= own & np.isin(things, names[:count])
+        left, taken = (
+            replace(
+                self,
+                x_train=self.x_train[rows],
+                y_train=self.y_train[rows],
+                track_train=None if self.track_train is None else self.track_train[rows],
+            )
+            for rows in (~held_out, held_out)
+        )
+        return left, taken
 
     def __repr__(self) -> str:
         return (
