@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of a centred image
+_STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of an image
 
 
 class Heads(NamedTuple):
@@ -64,7 +64,8 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
     centred = (features - mean) * root
     energy, basis = np.linalg.eigh(tf.linalg.matmul(centred, centred, transpose_b=True).numpy())
     energy = np.maximum(energy, 0)
-    scale = np.maximum(energy.sum(axis=1, keepdims=True), 1e-12)
+    images = 1 / np.sum(weight**2, axis=1, keepdims=True)
+    scale = np.maximum(energy.sum(axis=1, keepdims=True), 1e-12) / images
     share = np.einsum("bnr,bnh->brh", basis, (target - level) * root)
     best: tuple[np.ndarray, ...] = ()
     for strength in _STRENGTHS:

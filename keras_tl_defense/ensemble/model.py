@@ -347,7 +347,7 @@ class DifferentiatorEnsemble(keras.Model):
         """Fit the heads of every differentiator.
 
         A head is a ridge regression in closed form on the images of its classes and, with
-        `head="one_vs_rest"`, 64 of other classes; it is chosen and scaled by held-out images, each
+        `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
         rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
 

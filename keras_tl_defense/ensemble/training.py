@@ -19,7 +19,7 @@ RowFeatures = Callable[[np.ndarray, np.ndarray, np.ndarray], tf.Tensor]
 
 _CHUNK_BYTES = 256 << 20
 _REFERENCE_ROWS = 1500
-_OTHERS = 64  # images of other classes for each differentiator
+_OTHERS = 128  # images of other classes for each differentiator
 
 
 class ClassImages(NamedTuple):
@@ -104,7 +104,7 @@ def choose_rows(
         counts: Int array of shape `(classes,)`: images of each class, which stand in this order.
         pairs: Int array of shape `(bodies, 2)`: the classes of each differentiator.
         head: `"pair"` takes no others.
-        rng: Chooses the others: as many of each class, 64 in all.
+        rng: Chooses the others: as many of each class, 128 in all.
     """
     ends = np.cumsum(counts)
     starts = ends - counts
