@@ -100,8 +100,8 @@ class DifferentiatorEnsemble(keras.Model):
         preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
             registered function can be saved with the model.
-        search_budget: How often the search may pass each of its images through the Student.
-            Defaults to `60`.
+        search_budget: Images that the search may pass through the Student's first layers to measure
+            candidates, for each training image. Defaults to `60`.
         seed: Makes the search, the jitter and training reproducible. Who knows it can recompute the
             differentiators' masks; the key never comes from it.
         key: Secret of the draw, 16 bytes. For tests; defaults to the operating system's randomness.

@@ -30,7 +30,7 @@ from keras_tl_defense.pruning.masks import filter_masks
 _IMAGES = 1200  # about as many are searched on; at least eight of each class
 _HELD_OUT = 0.2
 _ATTACKS, _STEPS, _BUDGET = 64, 150, 0.01
-_BODIES = 2
+_BODIES = 4
 _FIRST = 0.85
 _GRID = (0.0, 0.5, 0.7, 0.85, 0.92)
 _RETENTIONS = (0.9, 0.95, 0.99)
@@ -50,7 +50,7 @@ class Found(NamedTuple):
             `acceptance` (of crafted images that mislead the Student, in all crafted ones, at the
             retention asked for; of the attack that does best), `auroc`, `accuracy` (of the heads
             on clean images), `acceptance_at_0.9` and so on, `passes` (images passed through the
-            Student so far, in relation to those searched on), and `chosen`.
+            Student so far, for each training image), and `chosen`.
     """
 
     ratios: dict[str, float]
@@ -84,7 +84,8 @@ def search_ratios(
         head_layer: Name of the layer that the heads read; `None` searches it, too.
         retention: Share of honest images to keep.
         jitter: As for `DifferentiatorEnsemble`.
-        budget: How often each image may be passed through the Student.
+        budget: Images that may be passed through the Student to measure candidates, for each
+            training image.
         seed: Decides samples, attacks and noise.
         verbose: 0 shows no progress bar.
 
@@ -208,7 +209,7 @@ class _Trial:
         self._graph = graph = ModelGraph(student, "student")
         self._cut = graph.layer_output(cut)
         self._retention, self._jitter = retention, jitter
-        self._images = sample.images
+        self._images, self._seen = sample.images, sample.seen
         self._labels = np.repeat(np.arange(len(sample.counts)), sample.counts)
         self._held_out = _hold_out(sample.counts, rng)
         pairs = np.stack(np.triu_indices(len(sample.counts), 1), axis=1)
@@ -234,17 +235,23 @@ class _Trial:
         if head_layer is not None:
             return [self._graph.layer_output(head_layer)]
         shapes = self._graph.shapes
-        smallest: dict[tuple[Any, ...], int] = {}
+        smallest: dict[Any, int] = {}
         for tensor in self._graph.bottlenecks(self._cut):
             size = tf.TensorShape(shapes[tensor][1:]).num_elements()
             if size is None or size > _MOST_FEATURES or not self.names(tensor):
                 continue
-            place = shapes[tensor][1:-1]
+            place = shapes[tensor][1:-1] or size
             known = smallest.get(place)
             if known is None or size <= (tf.TensorShape(shapes[known][1:]).num_elements() or 0):
                 smallest[place] = tensor
-        chosen = sorted(set(smallest.values()) - {self._cut})
+        chosen = [t for t in sorted(smallest.values()) if not self._only_reshaped(t)]
         return [*chosen[: _MOST_LAYERS - 1], self._cut]
+
+    def _only_reshaped(self, tensor: int) -> bool:
+        """Whether the cut is this tensor, or holds the same numbers in another shape."""
+        between = set(self._graph.ancestors(self._cut)) - set(self._graph.ancestors(tensor))
+        kinds = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Dropout)
+        return all(isinstance(self._graph.steps[i].layer, kinds) for i in between)
 
     def craft(self, tensors: list[int], rng: np.random.Generator, verbose: int | str) -> None:
         """Craft mimicry examples at the cut and wherever the heads may read."""
@@ -272,7 +279,7 @@ class _Trial:
             misled = result.within_budget & (classes != self._labels[source])
             self._attacks.append((result.adversarial[misled], classes[misled], len(misled)))
         crafted = sum(len(images) for images, _, _ in self._attacks)
-        self.cost = _BODIES * (1 + crafted / len(self._images))
+        self.cost = _BODIES * (len(self._images) + crafted) / self._seen
 
     def measure(
         self, tensor: int, ratios: dict[str, float]

@@ -28,10 +28,12 @@ class ClassImages(NamedTuple):
     Attributes:
         images: Array of shape `(count, …)`, ordered by class.
         counts: Int array of shape `(classes,)`: images of each class.
+        seen: Number of images that they were chosen from.
     """
 
     images: np.ndarray
     counts: np.ndarray
+    seen: int
 
 
 class HeadRows(NamedTuple):
@@ -92,7 +94,7 @@ def sample_classes(batches: Batches, per_class: int, rng: np.random.Generator) -
     counts = np.array([len(pool) for pool in pools])
     check_every_class(counts)
     images = np.stack([image for pool in pools for _, _, image in sorted(pool, key=itemgetter(1))])
-    return ClassImages(images, counts)
+    return ClassImages(images, counts, seen)
 
 
 def choose_rows(
