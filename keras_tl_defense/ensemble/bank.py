@@ -28,6 +28,9 @@ from keras_tl_defense.pruning.masks import (
 LEVELS = (1.0, 0.75, 0.5)
 """Shares of the common ratios; a differentiator that they leave too little takes the next."""
 
+RIVAL = 0.5
+"""How much the reference's largest margin of another class counts against the members' mean."""
+
 _TOO_MANY_BYTES = 8 << 30
 
 

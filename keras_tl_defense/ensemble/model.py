@@ -27,7 +27,7 @@ from keras_tl_defense.ensemble.arguments import (
     penultimate,
     serialize_preprocessing,
 )
-from keras_tl_defense.ensemble.bank import LEVELS, DifferentiatorBank
+from keras_tl_defense.ensemble.bank import LEVELS, RIVAL, DifferentiatorBank
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
@@ -522,7 +522,8 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
         disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
         disagreements = tf.where(finite, disagreements, self.ensemble_size)
-        score = tf.reduce_mean(margins, axis=1) - self._bank.rival(values, student_class)
+        score = tf.reduce_mean(margins, axis=1)
+        score -= RIVAL * self._bank.rival(values, student_class)
         finite &= tf.math.is_finite(score)
         score = tf.where(finite, score, _LOWEST)
         calibration = tf.convert_to_tensor(self._calibration)
@@ -572,8 +573,8 @@ class DifferentiatorEnsemble(keras.Model):
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
             `score`, the members' mean margin (1 is usual for an honest image of the Student's
-            class, -1 for one of another class), less the largest margin that a pruned reference
-            body gives another class;
+            class, -1 for one of another class), less half the largest margin that a pruned
+            reference body gives another class;
             `members`, `(n, ensemble_size)`, rows of `pairs`.
         """
         return self._explain(self._batches(x, None, batch_size), verbose)[0]

@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import MimicryAttack, plan_attacks
 from keras_tl_defense.data import Batches
-from keras_tl_defense.ensemble.calibration import score_threshold
+from keras_tl_defense.ensemble.bank import RIVAL
 from keras_tl_defense.ensemble.heads import fit_heads
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.training import ClassImages, sample_classes
@@ -28,7 +28,7 @@ from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
 _IMAGES = 1200  # about as many are searched on; at least eight of each class
-_HELD_OUT = 0.2
+_HELD_OUT = 0.25
 _ATTACKS, _STEPS, _BUDGET = 64, 150, 0.01
 _BODIES = 4
 _FIRST = 0.85
@@ -138,8 +138,8 @@ class _Candidate(NamedTuple):
 
     @property
     def loss(self) -> tuple[float, float]:
-        """What is made small: acceptance, and of equal ones the overlap of the scores."""
-        return (self.acceptance, -self.auroc)
+        """What is made small: acceptance, averaged as it comes from few images; overlap."""
+        return (float(np.mean([self.acceptance, *self.at[:2]])), -self.auroc)
 
 
 class _Search:
@@ -156,7 +156,7 @@ class _Search:
             spent = max((c.passes for c in self._found.values()), default=0.0)
             cost = self._trial.cost
             if self._found and spent + cost > self._budget:
-                return _Candidate(step, tensor, ratios, np.inf, 0.0, 0.0, (), spent)
+                return _Candidate(step, tensor, ratios, np.inf, 0.0, 0.0, (np.inf,) * 3, spent)
             acceptance, auroc, accuracy, at = self._trial.measure(tensor, ratios)
             self._found[key] = _Candidate(
                 step, tensor, ratios, acceptance, auroc, accuracy, at, spent + cost
@@ -292,7 +292,7 @@ class _Trial:
         weight = 1 / np.bincount(self._labels[fit])[self._labels[fit]]
         positive = self._labels[fit][:, None] == classes
         right = self._held_out & self._honest
-        clean, held_out, accuracy = np.zeros(1), np.zeros(1), 0.0
+        scores, accuracy = np.zeros(1), 0.0
         honest = self._labels[right]
         crafted: list[Any] = [0.0] * len(self._attacks)
         for number, pair in enumerate(self._pairs):
@@ -300,19 +300,16 @@ class _Trial:
             features = body(self._images, mask)
             heads = fit_heads(features[None, fit], positive[None], weight[None])
             kernel, bias = heads.kernel[0].T, heads.bias[0]
-            left_out = _scores(heads.margins[0], self._labels[fit], rivals=number == 0)
-            clean = clean + left_out[self._honest[fit]]
             margins = features[right] @ kernel + bias
             accuracy += float(np.mean(margins.argmax(axis=1) == honest))
-            held_out = held_out + _scores(margins, honest, rivals=number == 0)
+            scores = scores + _scores(margins, honest, rivals=number == 0)
             for index, (images, answered, _) in enumerate(self._attacks):
                 if len(images):
                     margins = body(images, mask) @ kernel + bias
                     crafted[index] = crafted[index] + _scores(margins, answered, number == 0)
-        scores = np.concatenate([clean, held_out])
         curves = [
             max(
-                float(np.sum(values >= score_threshold(scores, retention))) / count
+                float(np.sum(values >= np.quantile(scores, 1 - retention, method="lower"))) / count
                 for values, (_, _, count) in zip(crafted, self._attacks, strict=True)
             )
             for retention in (self._retention, *_RETENTIONS)
@@ -420,7 +417,7 @@ def _prunable(graph: ModelGraph, cut: int) -> list[Block]:
 
 
 def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which images heads are not fitted on: a fifth of each class, at least one."""
+    """Which images heads are not fitted on: a quarter of each class, at least one."""
     if counts.min() < 3:
         few = np.flatnonzero(counts < 3)
         raise ValueError(
@@ -436,7 +433,7 @@ def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _scores(margins: np.ndarray, answered: np.ndarray, rivals: bool) -> np.ndarray:
-    """A body's part in the score: its mean with the others', less the largest other margin.
+    """A body's part in the score: its mean with the others', less half the largest other margin.
 
     Args:
         margins: Float array of shape `(n, classes)`.
@@ -448,7 +445,7 @@ def _scores(margins: np.ndarray, answered: np.ndarray, rivals: bool) -> np.ndarr
         return own
     others = margins.copy()
     np.put_along_axis(others, answered[:, None], -np.inf, axis=1)
-    return np.asarray(own - others.max(axis=1))
+    return np.asarray(own - RIVAL * others.max(axis=1))
 
 
 def _warn(best: _Candidate, search: _Search, trial: _Trial, retention: float) -> None:
