@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -706,7 +707,8 @@ class DifferentiatorEnsemble(keras.Model):
         for part in ("student", "preprocessing"):
             if config[part] is not None:
                 config[part] = keras.utils.deserialize_keras_object(
-                    config[part], custom_objects=custom_objects
+                    deepcopy(config[part]),  # Keras empties what it is given
+                    custom_objects=custom_objects,
                 )
         return cls(**config)
 
