@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import KEY, SIZE, Images, weights_of
 from test_save_export import LOAD, SERVE, in_fresh_process
 
@@ -198,12 +197,3 @@ def test_the_layer_that_heads_read_is_not_for_choice(mid: Any) -> None:
         ktd.DifferentiatorEnsemble(mid, {"head": 0.5}, tune="unfrozen")
     with pytest.raises(ValueError, match=r"matches no prunable layer.*Those are: body\."):
         ktd.DifferentiatorEnsemble(mid, {"own": 0.5})
-
-
-def test_answers_are_a_tensorflow_graph(mid: Any, three: Images) -> None:
-    """Batches of any size, an empty one too."""
-    defence = fitted(mid, three)
-    answer = tf.function(defence.call, input_signature=[defence._image_spec()])
-    assert answer(tf.zeros((0, SIZE, SIZE, 3)))["answer"].shape == (0,)
-    got = answer(tf.constant(three.x_test[:5], tf.float32))["answer"].numpy()
-    np.testing.assert_array_equal(got, defence.predict(three.x_test[:5], verbose=0))

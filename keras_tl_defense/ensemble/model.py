@@ -169,7 +169,7 @@ class DifferentiatorEnsemble(keras.Model):
         self.tune = check_choice("tune", tune, ("head", "unfrozen"))
         self.iterations = check_integer("iterations", iterations, 1)
         head_tensor(graph, self._cut, head_layer)
-        if tune == "unfrozen" and head_layer is not None:
+        if tune == "unfrozen" and head_layer not in (None, self.cut):
             raise ValueError(
                 'With `tune="unfrozen"` the heads read the differentiator\'s own layers after the '
                 f"cut. Leave `head_layer` out. Received: head_layer={head_layer!r}"
