@@ -49,8 +49,9 @@ class Found(NamedTuple):
         history: DataFrame with a row for each candidate: `step`, `head_layer`, `ratios`,
             `acceptance` (of crafted images that mislead the Student, in all crafted ones, at the
             retention asked for; of the attack that does best), `auroc`, `accuracy` (of the heads
-            on clean images), `acceptance_at_0.9` and so on, `passes` (images passed through the
-            Student so far, in relation to those searched on), and `chosen`.
+            on clean images), `acceptance_at_0.9` and so on (NaN where there are too few images
+            for it), `passes` (images passed through the Student so far, in relation to those
+            searched on), and `chosen`.
     """
 
     ratios: dict[str, float]
@@ -303,17 +304,23 @@ class _Trial:
                     margins = body(images, mask) @ kernel + bias
                     crafted[index] = crafted[index] + _scores(margins, answered, number == 0)
         scores = np.concatenate([clean, held_out])
-        curves = [
-            max(
-                float(np.sum(values >= score_threshold(scores, retention))) / count
+
+        def accepted(retention: float) -> float:
+            threshold = score_threshold(scores, retention)
+            return max(
+                float(np.sum(values >= threshold)) / count
                 for values, (_, _, count) in zip(crafted, self._attacks, strict=True)
             )
-            for retention in (self._retention, *_RETENTIONS)
-        ]
+
+        known = [len(scores) * (1 - r) >= r - 1e-9 for r in _RETENTIONS]  # else too few scores
+        at = tuple(
+            accepted(r) if enough else np.nan for r, enough in zip(_RETENTIONS, known, strict=True)
+        )
         separation = [
             Auroc.of(scores, np.atleast_1d(v)).auroc for v in crafted if np.ndim(v) and len(v)
         ]
-        return curves[0], min(separation, default=1.0), accuracy / _BODIES, tuple(curves[1:])
+        acceptance = accepted(self._retention)
+        return acceptance, min(separation, default=1.0), accuracy / _BODIES, at
 
     def _answered_held_out(self) -> np.ndarray:
         """Which images a Student that was not trained on them would answer rightly.
