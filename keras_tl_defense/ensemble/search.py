@@ -98,6 +98,12 @@ def search_ratios(
     sample = sample_classes(batches, max(8, _IMAGES // classes), rng)
     trial = _Trial(student, cut, sample, preprocessing, retention, jitter, rng)
     layers = trial.head_tensors(head_layer)
+    if not any(trial.names(tensor) for tensor in layers):
+        raise ValueError(
+            "No convolution before the layer that the heads read can be pruned, so nothing "
+            "can be searched. Give `ratios` yourself, for example for Dense layers. "
+            f"Received: ratios='auto', head_layer={trial.layer_name(layers[-1])!r}"
+        )
     trial.craft(layers, rng, verbose)
     bar = keras.utils.Progbar(budget, verbose=0 if verbose == 0 else 1, unit_name="pass")
     search = _Search(trial, budget, bar)
@@ -108,12 +114,6 @@ def search_ratios(
             search.measure("head layer", tensor, {names[0]: _FIRST})
     tensor = search.best().tensor
     names = trial.names(tensor)
-    if not names:
-        raise ValueError(
-            "No convolution before the layer that the heads read can be pruned, so nothing "
-            "can be searched. Give `ratios` yourself, for example for Dense layers. "
-            f"Received: ratios='auto', head_layer={trial.layer_name(tensor)!r}"
-        )
     alone = {name: search.measure("sensitivity", tensor, {name: _FIRST}).loss for name in names}
     for name in sorted(names, key=lambda name: (alone[name], names.index(name))):
         for ratio in _GRID:
