@@ -111,7 +111,11 @@ def test_classes_that_cannot_be_told_apart_are_pruned_more_gently(
     if head == "pair":
         assert (levels[1:] == 0).all()
     table = defence.sparsity()
-    expected = {0: {"conv1": 4, "conv2": 5}, 1: {"conv1": 5, "conv2": 7}, 2: {"conv1": 6, "conv2": 8}}
+    expected = {
+        0: {"conv1": 4, "conv2": 5},
+        1: {"conv1": 5, "conv2": 7},
+        2: {"conv1": 6, "conv2": 8},
+    }
     assert set(table["level"]) == set(levels)
     for row in table.itertuples():
         assert row.kept == expected[row.level][row.layer]

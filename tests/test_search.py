@@ -169,7 +169,9 @@ def test_it_warns_when_nothing_good_is_found(
     student: Any, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "_GOAL", -1.0)
-    with pytest.warns(UserWarning, match="No ratios were found that keep 90% .* unpruned heads let"):
+    with pytest.warns(
+        UserWarning, match="No ratios were found that keep 90% .* unpruned heads let"
+    ):
         adapted(student, images, search_budget=6)
 
 

@@ -141,7 +141,9 @@ def test_every_group_of_rows_counts_the_same(counts: list[int], head: Any, seed:
             np.testing.assert_allclose(weight[own], 1 / counts[pair[group]])
             np.testing.assert_allclose(weight[rows.group == group].sum(), 1)
         for index in range(positive.shape[1]):
-            np.testing.assert_array_equal(positive[used, index], label[numbers[used]] == pair[index])
+            np.testing.assert_array_equal(
+                positive[used, index], label[numbers[used]] == pair[index]
+            )
         if others:
             drawn = rows.group == 2
             assert used[drawn].all()
