@@ -13,6 +13,7 @@ from conftest import KEY, SIZE, Images, weights_of
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble import search
+from keras_tl_defense.evaluation import plot_search
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The search's own attacks hardly"),
@@ -131,6 +132,7 @@ def test_few_images_will_do(student: Any, images: Images) -> None:
     history = adapted(student, few, search_budget=6).search_history
     assert history["acceptance_at_0.9"].notna().all()
     assert history["acceptance_at_0.99"].isna().all()
+    plot_search(history)
 
 
 def test_too_few_images_of_a_class(student: Any, images: Images) -> None:
@@ -143,7 +145,7 @@ def test_too_few_images_of_a_class(student: Any, images: Images) -> None:
 
 def test_a_student_that_knows_nothing(student: Any, images: Images) -> None:
     wrong = (student.predict(images.x_train, verbose=0).argmax(axis=1) + 1) % 6
-    with pytest.raises(ValueError, match="the Student answers rightly.*Received: 0 such images"):
+    with pytest.raises(ValueError, match=r"answers rightly.*Received: 0 such images"):
         adapted(student, Images(images.x_train, wrong, *images[2:]))
 
 
@@ -161,7 +163,7 @@ def test_a_student_without_convolutions(images: Images) -> None:
     )
     student.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     student.fit(images.x_train.astype(np.float32), images.y_train, epochs=20, verbose=0)
-    with pytest.raises(ValueError, match="No convolution before .*`ratios` yourself"):
+    with pytest.raises(ValueError, match=r"No convolution before .*`ratios` yourself"):
         adapted(student, images)
 
 
