@@ -148,7 +148,22 @@ def test_compile_chooses_the_optimizer(mid: Any, three: Images) -> None:
             np.array(own._top_weights["own/kernel"])[member], kernel[..., filters]
         )
         np.testing.assert_allclose(np.array(own._top_weights["own/bias"])[member], bias[filters])
-    assert defence.sparsity().empty or set(defence.sparsity()["layer"]) == {"own"}
+
+
+def test_sparsity_counts_frozen_and_unfrozen_layers(mid: Any, three: Images) -> None:
+    defence = fitted(mid, three)
+    own = defence.get_layer("differentiators")
+    weights = {name: np.array(w) for name, w in own._top_weights.items()}
+    table = defence.sparsity()
+    assert set(table["level"]) == {0}
+    assert (table["differentiators"] == 3).all()
+    rows = {row.layer: (row.units, row.kept) for row in table.itertuples()}
+    assert list(rows) == ["body", "own", "fc"]
+    assert rows["body"] == (6, 3)
+    assert rows["own"] == (8, weights["own/kernel"].shape[-1]) == (8, 4)
+    assert rows["fc"][0] == 3 * 3 * 8 * 10
+    for kernel in weights["fc/kernel"]:
+        assert np.count_nonzero(kernel) == rows["fc"][1] == 720 - 432
 
 
 @pytest.mark.filterwarnings("ignore:The search's own attacks hardly")

@@ -605,7 +605,8 @@ class DifferentiatorEnsemble(keras.Model):
         Returns:
             Columns `level` (0 for the ratios, 1 and 2 for three quarters and half of them),
             `differentiators` (how many have it), `layer`, `units` (filters of a convolution,
-            connections of a Dense layer) and `kept`.
+            connections of a Dense layer) and `kept`. Unfrozen layers of `tune="unfrozen"` keep
+            the same at every level.
 
         Raises:
             RuntimeError: `adapt` was not called.
