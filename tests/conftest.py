@@ -93,6 +93,13 @@ def fitted(student: Any, images: Images, ratios: Any, **options: Any) -> Any:
     return defence
 
 
+def weights_of(defence: Any) -> dict[str, np.ndarray]:
+    """The weights of all differentiators, by their names."""
+    bank = defence.get_layer("differentiators")
+    names = (w.name.split(":")[0].split("/")[-1] for w in bank.weights)
+    return {name: np.array(w) for name, w in zip(names, bank.weights, strict=True)}
+
+
 def draw_history() -> pd.DataFrame:
     """What a search of ratios could have measured: four candidates, the third chosen."""
     at = [[0.5, 0.6, 0.7], [0.4, 0.3, 0.5], [0.1, 0.2, 0.3], [0.05, 0.25, 0.6]]

@@ -16,7 +16,7 @@ import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import base, mimicry, targets
-from keras_tl_defense.ensemble import model
+from keras_tl_defense.ensemble import calibration, heads, model
 from keras_tl_defense.evaluation import plots, report, roc
 from keras_tl_defense.pruning import masks, ratios
 
@@ -26,12 +26,12 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
     """What the examples take for granted: a Teacher, a Student, and images."""
-    signs = ktd.datasets.synthetic.load_signs(train_per_class=12, test_per_class=4)
+    signs = ktd.datasets.synthetic.load_signs(train_per_class=12, test_per_class=8)
     teacher = ktd.teachers.build_teacher((32, 32, 3), 28)
     student = ktd.teachers.make_student(
         teacher, "flatten", signs.x_train, signs.y_train, 16, epochs=2, verbose=0
     )
-    x, y = signs.x_test, signs.y_test
+    x, y = signs.x_test[::2], signs.y_test[::2]
     return {
         "ktd": ktd,
         "keras": keras,
@@ -41,6 +41,8 @@ def names() -> dict[str, Any]:
         "model": student,
         "x_train": signs.x_train,
         "y_train": signs.y_train,
+        "x_val": signs.x_test[1::2],
+        "y_val": signs.y_test[1::2],
         "x_test": x,
         "y_test": y,
         "x_source": x[:4],
@@ -60,7 +62,8 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.utils, "Progbar", silent)
 
 
-MODULES = [masks, ratios, metrics, activations, model, targets, mimicry, teachers]
+ENSEMBLE = [calibration, heads, model]
+MODULES = [masks, ratios, metrics, activations, *ENSEMBLE, targets, mimicry, teachers]
 
 
 @pytest.mark.parametrize("module", [*MODULES, sys.modules["keras_tl_defense.attacks.dssim"]])

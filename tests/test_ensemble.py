@@ -7,21 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, KEY, SIZE, Images, build_student, draw_images, fitted, train
+from conftest import (
+    CLASSES,
+    KEY,
+    SIZE,
+    Images,
+    build_student,
+    draw_images,
+    fitted,
+    train,
+    weights_of,
+)
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.pruning.masks import pruned_count
 
 
-def weights_of(defence: Any) -> dict[str, np.ndarray]:
-    bank = defence.get_layer("differentiators")
-    names = (w.name.split(":")[0].split("/")[-1] for w in bank.weights)
-    return {name: np.array(w) for name, w in zip(names, bank.weights, strict=True)}
-
-
 class PlainDefence:
-    """Algorithm 1 with every differentiator a network from which units were really taken out."""
+    """Algorithm 1 with every differentiator a network from which units were really taken out.
+
+    Only the fitted heads, and the level of pruning that each differentiator got, come from the
+    defence.
+    """
 
     def __init__(self, defence: Any, images: Images, ratios: dict[str, float]) -> None:
         self.base = defence.student.get_layer("base")
@@ -39,18 +47,25 @@ class PlainDefence:
         out = out.reshape(len(out), -1, out.shape[-1]).mean(axis=1)
         return np.stack([out[images.y_train == c].mean(axis=0) for c in range(CLASSES)])
 
-    def kept(self, layer: str, scores: np.ndarray) -> np.ndarray:
+    def kept(self, layer: str, scores: np.ndarray, level: float = 1.0) -> np.ndarray:
         order = sorted(range(scores.size), key=lambda unit: (scores.flat[unit], unit))
         mask = np.ones(scores.size, bool)
-        mask[order[: int(self.ratios.get(layer, 0) * scores.size)]] = False
+        mask[order[: int(level * self.ratios.get(layer, 0) * scores.size + 1e-9)]] = False
         return mask.reshape(scores.shape)
 
-    def features(self, pair: tuple[int, int], x: np.ndarray) -> np.ndarray:
+    def masks(self, classes: Any, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        score = {name: means[list(classes)].max(axis=0) for name, means in self.means.items()}
+        kernel = self.base.get_layer("fc1").get_weights()[0]
+        return (
+            self.kept("conv1", score["conv1"], level),
+            self.kept("conv2", score["conv2"], level),
+            self.kept("fc1", np.abs(kernel) * score["fc1"][:, None], level),
+        )
+
+    def features(self, classes: Any, x: np.ndarray, level: float = 1.0) -> np.ndarray:
         weights = {layer.name: layer.get_weights() for layer in self.base.layers}
-        score = {name: np.maximum(*means[list(pair)]) for name, means in self.means.items()}
-        keep1, keep2 = self.kept("conv1", score["conv1"]), self.kept("conv2", score["conv2"])
+        keep1, keep2, connections = self.masks(classes, level)
         kernel, bias = weights["fc1"]
-        connections = self.kept("fc1", np.abs(kernel) * score["fc1"][:, None])
         layers = keras.layers
         network = keras.Sequential(
             [
@@ -77,21 +92,25 @@ class PlainDefence:
         self, x: np.ndarray, student_class: np.ndarray, members: np.ndarray, threshold: int
     ) -> dict[str, np.ndarray]:
         answers, disagreements, scores = [], [], []
-        features = {p: self.features(self.pairs[p], x) for p in np.unique(members)}
+        levels = np.array([1.0, 0.75, 0.5])[self.heads["levels"]]
+        features = {p: self.features(self.pairs[p], x, levels[p]) for p in np.unique(members)}
+        reference = self.features(range(CLASSES), x)
+        kernel, bias = self.heads["kernel"], self.heads["bias"]
         for index, (own, drawn) in enumerate(zip(student_class, members, strict=True)):
             margins = []
             for member in drawn:
                 first, second = self.pairs[member]
                 assert own in (first, second)
-                logit = (
-                    features[member][index] @ self.heads["kernel"][member]
-                    + self.heads["bias"][member]
-                )
-                margins.append(logit if own == first else -logit)
+                logits = kernel[member] @ features[member][index] + bias[member]
+                if len(logits) == 2:  # one head for each class
+                    margins.append(logits[0 if own == first else 1])
+                else:
+                    margins.append(logits[0] if own == first else -logits[0])
+            rivals = reference[index] @ self.heads["rival_kernel"] + self.heads["rival_bias"]
             against = sum(margin < 0 for margin in margins)
             answers.append(0 if against >= threshold else own + 1)
             disagreements.append(against)
-            scores.append(np.mean(margins))
+            scores.append(np.mean(margins) - max(np.delete(rivals, own)))
         return {
             "answer": np.array(answers),
             "disagreements": np.array(disagreements),
@@ -107,16 +126,20 @@ def mixed(images: Images) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "ratios"),
+    ("head", "ratios", "threshold"),
     [
-        ("defence", {"conv1": 0.5, "conv2": 0.5}),
-        ("dense_defence", dict.fromkeys(("conv1", "conv2", "fc1"), 0.6)),
+        ("pair", {"conv1": 0.5, "conv2": 0.5}, 1),
+        ("one_vs_rest", {"conv1": 0.5, "conv2": 0.5}, 2),
+        ("one_vs_rest", dict.fromkeys(("conv1", "conv2", "fc1"), 0.6), 1),
     ],
 )
 def test_algorithm_1(
-    name: str, ratios: dict[str, float], images: Images, request: pytest.FixtureRequest
+    head: str, ratios: dict[str, float], threshold: int, student: Any, images: Images
 ) -> None:
-    defence = request.getfixturevalue(name)
+    options = {"head": head, "ensemble_size": 3, "reject_threshold": threshold}
+    defence = fitted(student, images, ratios, jitter=0, **options)
+    heads = 1 if head == "pair" else 2
+    assert weights_of(defence)["kernel"].shape == (15, heads, 20)
     x = mixed(images)
     details = defence.explain(x, verbose=0)
     plain = PlainDefence(defence, images, ratios)
@@ -163,7 +186,9 @@ def test_a_dataset_trains_like_arrays(student: Any, images: Images, defence: Any
     other.adapt(dataset, verbose=0)
     other.compile()
     history = other.fit(dataset, verbose=0)
-    assert len(history.history["loss"]) == 5
+    levels = 1 + int(weights_of(other)["levels"].max())
+    assert len(history.history["loss"]) == len(history.history["accuracy"]) == levels
+    assert history.epoch == list(range(levels))
     np.testing.assert_allclose(
         other.explain(images.x_test, verbose=0)["score"],
         defence.explain(images.x_test, verbose=0)["score"],
@@ -256,13 +281,21 @@ def test_layers_after_the_cut_are_none_of_our_business(images: Images) -> None:
 def test_sparsity_is_exact_for_every_differentiator(dense_defence: Any, student: Any) -> None:
     base = student.get_layer("base")
     sizes = {"conv1": 8, "conv2": 10, "fc1": int(np.prod(base.get_layer("fc1").kernel.shape))}
-    table = dense_defence.sparsity().set_index("layer")
-    for name, size in sizes.items():
-        assert table.loc[name, "units"] == size
-        assert table.loc[name, "kept"] == size - pruned_count(0.6, size)
-    masks = weights_of(dense_defence)["filter_masks"]
-    assert (masks[:, :8].sum(axis=1) == table.loc["conv1", "kept"]).all()
-    assert (masks[:, 8:].sum(axis=1) == table.loc["conv2", "kept"]).all()
+    table = dense_defence.sparsity()
+    assert list(table.columns) == ["level", "differentiators", "layer", "units", "kept"]
+    weights = weights_of(dense_defence)
+    masks, levels = weights["filter_masks"], weights["levels"]
+    assert masks.shape == (16, 18)
+    assert len(table) == 3 * len(np.unique(levels))
+    for row in table.itertuples():
+        ratio = 0.6 * [1, 0.75, 0.5][row.level]
+        assert row.units == sizes[row.layer]
+        assert row.kept == row.units - pruned_count(ratio, row.units)
+        assert row.differentiators == (levels == row.level).sum()
+        if row.layer != "fc1":
+            own = masks[:, :8] if row.layer == "conv1" else masks[:, 8:]
+            assert (own[:-1][levels == row.level].sum(axis=1) == row.kept).all()
+    assert masks[-1, :8].sum() == 8 - 4  # the reference
     assert (masks != masks[0]).any()
 
 
@@ -276,7 +309,7 @@ def test_pruning_by_activation_decides_and_not_by_size(images: Images, student: 
     kernel, bias = conv1.get_weights()
     kernel[..., 0], bias[0] = 10 * np.abs(kernel[..., 0]), -1e4
     conv1.set_weights([kernel, bias])
-    defence = ktd.DifferentiatorEnsemble(copy, {"conv1": 0.125})
+    defence = ktd.DifferentiatorEnsemble(copy, {"conv1": 0.125}, jitter=0)
     defence.adapt(images.x_train, images.y_train, verbose=0)
     masks = weights_of(defence)["filter_masks"]
     assert not masks[:, 0].any()
@@ -341,9 +374,12 @@ class TestBadInput:
             defence.predict(x)
         with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
             defence.fit(x, y)
+        with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
+            defence.sparsity()
         defence.adapt(x, y, verbose=0)
-        with pytest.raises(RuntimeError, match="no optimizer"):
-            defence.fit(x, y)
+        assert defence.calibration is None
+        with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
+            defence.calibrate(x, y)
         with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
             defence.predict(x)
         with pytest.raises(RuntimeError, match="not trained since the last `adapt`"):
@@ -366,6 +402,14 @@ class TestBadInput:
             ktd.DifferentiatorEnsemble(student, 0.5, preprocessing=3)
 
     def test_ratios_and_layers(self, student: Any) -> None:
+        for name, value in {"head": "both", "tune": "all", "retention": 1.0}.items():
+            with pytest.raises(ValueError, match=f"Received: {name}={value!r}"):
+                ktd.DifferentiatorEnsemble(student, 0.5, **{name: value})
+        for value in (0, -1, 2.5):
+            with pytest.raises(ValueError, match=f"Received: iterations={value}"):
+                ktd.DifferentiatorEnsemble(student, 0.5, iterations=value)
+        with pytest.raises(ValueError, match="Received: jitter=-1"):
+            ktd.DifferentiatorEnsemble(student, 0.5, jitter=-1)
         with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
             ktd.DifferentiatorEnsemble(student, 1.0)
         with pytest.raises(ValueError, match="matches no prunable layer before the cut"):

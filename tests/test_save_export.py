@@ -71,17 +71,17 @@ def test_a_loaded_defence_can_be_trained_again(
     defence: Any, images: Images, tmp_path: Path
 ) -> None:
     defence.save(tmp_path / "defence.keras")
-    loaded = keras.models.load_model(tmp_path / "defence.keras")
-    loaded.fit(images.x_train, images.y_train, verbose=0)
-    np.testing.assert_allclose(
-        loaded.explain(images.x_test, verbose=0)["score"],
-        defence.explain(images.x_test, verbose=0)["score"],
-        rtol=1e-3,
-        atol=1e-4,
-    )
-    copy = keras.models.load_model(tmp_path / "defence.keras", compile=False)
-    with pytest.raises(RuntimeError, match="no optimizer"):
-        copy.fit(images.x_train, images.y_train)
+    for compiled in (True, False):
+        loaded = keras.models.load_model(tmp_path / "defence.keras", compile=compiled)
+        expected = defence.get_compile_config() if compiled else None
+        assert loaded.get_compile_config() == expected
+        loaded.fit(images.x_train, images.y_train, verbose=0)
+        np.testing.assert_allclose(
+            loaded.explain(images.x_test, verbose=0)["score"],
+            defence.explain(images.x_test, verbose=0)["score"],
+            rtol=1e-3,
+            atol=1e-4,
+        )
 
 
 def test_the_configuration_holds_no_secret_and_no_data(defence: Any) -> None:
@@ -90,15 +90,41 @@ def test_the_configuration_holds_no_secret_and_no_data(defence: Any) -> None:
         "name",
         "student",
         "ratios",
+        "retention",
+        "head",
+        "head_layer",
+        "tune",
+        "iterations",
+        "jitter",
         "ensemble_size",
         "reject_threshold",
         "cut",
         "preprocessing",
+        "search_budget",
         "seed",
     }
     again = ktd.DifferentiatorEnsemble.from_config(config)
-    assert again.layer_ratios == defence.layer_ratios
-    assert again.cut == defence.cut
+    assert again.ratios == defence.ratios == {"conv1": 0.5, "conv2": 0.5}
+    assert config["student"]["config"]  # left as it was
+    same = again.get_config()
+    assert {**same, "student": None} == {**config, "student": None}
+
+
+def test_the_configuration_keeps_what_was_asked(student: Any) -> None:
+    options: dict[str, Any] = {
+        "retention": 0.8,
+        "head": "pair",
+        "head_layer": "pool1",
+        "iterations": 2,
+        "jitter": 0.5,
+        "search_budget": 7,
+    }
+    for ratios in ("auto", {"conv1": 0.5}):
+        config = ktd.DifferentiatorEnsemble(student, ratios, **options).get_config()
+        assert config["ratios"] == ratios
+        again = ktd.DifferentiatorEnsemble.from_config(config)
+        assert {name: getattr(again, name) for name in options} == options
+        assert again.ratios == ratios
 
 
 @keras.utils.register_keras_serializable(package="tests")
@@ -119,9 +145,17 @@ def test_preprocessing_is_saved_when_it_can_be(
         )
     before = path.read_bytes()
     defence = ktd.DifferentiatorEnsemble(student, 0.5, preprocessing=lambda x: x / 2)
+    defence.adapt(images.x_train, images.y_train, verbose=0)
     with pytest.raises(ValueError, match="plain function cannot be saved"):
         defence.save(path)
     assert path.read_bytes() == before
+
+
+def test_what_is_not_adapted_is_not_saved(student: Any, tmp_path: Path) -> None:
+    for ratios in ("auto", 0.5):
+        with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
+            ktd.DifferentiatorEnsemble(student, ratios).save(tmp_path / "defence.keras")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_cannot_be_saved(defence: Any, tmp_path: Path) -> None:
@@ -196,14 +230,19 @@ def test_a_teacher_file_with_a_lambda_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:No layer is pruned")
 @pytest.mark.parametrize("ratios", [0, np.float32(0.5), {"conv1": np.float64(0.5)}])
-def test_any_number_will_do_as_a_ratio(student: Any, ratios: Any, tmp_path: Path) -> None:
+def test_any_number_will_do_as_a_ratio(
+    student: Any, images: Images, ratios: Any, tmp_path: Path
+) -> None:
     defence = ktd.DifferentiatorEnsemble(student, ratios)
+    defence.adapt(images.x_train, images.y_train, verbose=0)
     defence.save(tmp_path / "defence.keras")
     loaded = keras.models.load_model(tmp_path / "defence.keras")
-    assert loaded.layer_ratios == defence.layer_ratios
+    assert loaded.ratios == defence.ratios
 
 
-def test_a_cut_at_a_layer_that_is_called_twice_can_be_loaded(tmp_path: Path) -> None:
+def test_a_cut_at_a_layer_that_is_called_twice_can_be_loaded(
+    images: Images, tmp_path: Path
+) -> None:
     inputs = keras.Input((SIZE, SIZE, 3))
     relu = keras.layers.ReLU(name="relu")
     convolutions = [keras.layers.Conv2D(3, 3, name=f"conv{i}") for i in (1, 2)]
@@ -212,6 +251,8 @@ def test_a_cut_at_a_layer_that_is_called_twice_can_be_loaded(tmp_path: Path) -> 
     x = relu(convolutions[1](relu(convolutions[0](inputs))))
     student = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Flatten()(x)))
     defence = ktd.DifferentiatorEnsemble(student, {"conv1": 0.5}, cut="relu@2")
+    few = images.y_train < 4
+    defence.adapt(images.x_train[few], images.y_train[few], verbose=0)
     defence.save(tmp_path / "defence.keras")
     assert keras.models.load_model(tmp_path / "defence.keras").cut == "relu@2"
 
@@ -224,6 +265,7 @@ def test_a_file_that_would_run_code_is_refused(images: Images, tmp_path: Path) -
     student = keras.Model(inputs, keras.layers.Dense(6)(keras.layers.Flatten()(x)))
     with pytest.warns(UserWarning, match="No layer is pruned"):
         defence = ktd.DifferentiatorEnsemble(student, 0)
+    defence.adapt(images.x_train, images.y_train, verbose=0)
     defence.save(tmp_path / "lambda.keras")
     with pytest.raises((ValueError, TypeError), match=r"(?i)lambda"):
         keras.models.load_model(tmp_path / "lambda.keras")

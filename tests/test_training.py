@@ -1,4 +1,4 @@
-"""Heads trained side by side, and the images that they are trained on."""
+"""The images that heads are fitted on, and heads fitted chunk by chunk."""
 
 from __future__ import annotations
 
@@ -8,59 +8,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import CLASSES, Images
+from hypothesis import given
+from hypothesis import strategies as st
 
-from keras_tl_defense._keras import keras
 from keras_tl_defense.data import Batches
 from keras_tl_defense.ensemble import training
-from keras_tl_defense.ensemble.training import HeadTrainer, sample_classes, train_heads
+from keras_tl_defense.ensemble.training import (
+    choose_rows,
+    sample_classes,
+    train_heads,
+    train_rivals,
+)
 
 
-def optimizer(rate: float) -> Any:
-    return keras.optimizers.serialize(keras.optimizers.Adam(rate))
-
-
-def problem(heads: int = 4, rows: int = 24, features: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    positive = np.repeat(np.float32([1, 0]), rows // 2)
-    x = rng.normal(3, 1, (heads, rows, features)).astype(np.float32)
-    x[:, : rows // 2, :5] += 1
-    x[:, :, 10:20] = 2  # features that never change
-    return x, positive
-
-
-def test_heads_start_at_the_ridge_regression() -> None:
-    x, positive = problem()
-    heads = HeadTrainer(optimizer(1e-12), 4, 24).fit(x, positive, 1, 8, np.random.default_rng(0))
-    for head in range(4):
-        centred = (x[head] - x[head].mean(axis=0)).astype(float)
-        gram = centred @ centred.T
-        ridge = training._RIDGE * np.trace(gram) / 24 * np.eye(24)
-        kernel = centred.T @ np.linalg.solve(gram + ridge, 2.0 * positive - 1)
-        np.testing.assert_allclose(heads.kernel[head], kernel, atol=1e-5)
-        np.testing.assert_allclose(heads.bias[head], -kernel @ x[head].mean(axis=0), atol=1e-4)
-
-
-def test_the_optimizer_lowers_the_loss_and_a_trainer_can_be_used_again() -> None:
-    x, positive = problem()
-    trainer = HeadTrainer(optimizer(0.05), 4, 24)
-    first = trainer.fit(x, positive, 40, 8, np.random.default_rng(0))
-    assert (first.loss[:, -1] < 0.5 * first.loss[:, 0]).all()
-    logits = np.einsum("hnf,hf->hn", x, first.kernel) + first.bias[:, None]
-    assert ((logits > 0) == (positive > 0)).all()
-    again = trainer.fit(x, positive, 40, 8, np.random.default_rng(0))
-    np.testing.assert_allclose(again.kernel, first.kernel, rtol=1e-5, atol=1e-7)
-
-
-def test_identical_images_do_no_harm() -> None:
-    x = np.ones((2, 8, 5), np.float32)
-    heads = HeadTrainer(optimizer(1e-3), 2, 8).fit(
-        x, np.repeat(np.float32([1, 0]), 4), 2, 8, np.random.default_rng(0)
-    )
-    assert np.isfinite(heads.kernel).all()
-    assert np.isfinite(heads.bias).all()
-
-
-def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", ["pair", "one_vs_rest"])
+def test_chunks_give_what_one_piece_gives(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(4), 6)
     x = rng.normal(0, 1, (24, 15)).astype(np.float32) + y[:, None]
@@ -74,29 +36,124 @@ def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> No
 
     def train(chunk_bytes: int, rows_at_once: int) -> Any:
         monkeypatch.setattr(training, "_CHUNK_BYTES", chunk_bytes)
-        done = []
+        done: list[int] = []
         heads = train_heads(
             row_features,
             sample,
+            np.arange(len(pairs)),
             pairs,
             15,
-            optimizer(1e-12),
-            epochs=1,
-            batch_size=32,
+            head,
             rows_at_once=rows_at_once,
             rng=np.random.default_rng(0),
-            progress=lambda count, figures: done.append((count, figures)),
+            progress=done.append,
         )
-        assert sum(count for count, _ in done) == len(pairs)
-        return heads, sum(bool(figures) for _, figures in done)
+        assert sum(done) == len(pairs)
+        return heads
 
-    whole, pieces = train(1 << 20, 512)
-    assert pieces == 1
-    for chunk_bytes, rows_at_once in ((1, 512), (4 * 12 * 15 * 4, 24), (4 * 12 * 15 * 4, 5)):
-        heads, pieces = train(chunk_bytes, rows_at_once)
-        assert pieces > 1
-        np.testing.assert_allclose(heads.kernel, whole.kernel, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(heads.bias, whole.bias, rtol=1e-3, atol=1e-4)
+    whole = train(1 << 30, 512)
+    assert whole.kernel.shape == (6, 1 if head == "pair" else 2, 15)
+    assert whole.accuracy.shape == whole.loss.shape == (6,)
+    for chunk_bytes, rows_at_once in ((1, 512), (2 * 140 * 15 * 4, 24), (2 * 140 * 15 * 4, 5)):
+        for part, expected in zip(train(chunk_bytes, rows_at_once), whole, strict=True):
+            np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_members_keep_their_own_masks() -> None:
+    """Features are asked for by the differentiator's number, whichever of them are fitted."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), 6)
+    x = rng.normal(0, 1, (24, 15)).astype(np.float32) + y[:, None]
+    sample = sample_classes(Batches(x, y, shape=(15,), classes=4), 6, np.random.default_rng(1))
+    pairs = np.stack(np.triu_indices(4, 1), axis=1)
+    asked = []
+
+    def row_features(images: np.ndarray, rows: np.ndarray, members: np.ndarray) -> tf.Tensor:
+        asked.extend(members.tolist())
+        return tf.constant((images[rows] * (1 + members)[:, None, None]).reshape(-1, 15))
+
+    members = np.array([4, 1])
+    fit_options: dict[str, Any] = {"rows_at_once": 500, "progress": lambda count: None}
+    heads = train_heads(
+        row_features,
+        sample,
+        members,
+        pairs[members],
+        15,
+        "pair",
+        rng=np.random.default_rng(0),
+        **fit_options,
+    )
+    assert set(asked) == {1, 4}
+    for head, member in enumerate(members):
+        first, second = pairs[member]
+        own = sample.images.reshape(4, 6, 15) * (1 + member)
+        margins = own @ heads.kernel[head, 0] + heads.bias[head, 0]
+        assert (margins[first] > 0).mean() > 0.8
+        assert (margins[second] < 0).mean() > 0.8
+
+
+def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), [5, 6, 7, 30])
+    x = rng.normal(0, 0.3, (48, 9)).astype(np.float32)
+    x[np.arange(48), y] += 3
+    sample = sample_classes(Batches(x, y, shape=(9,), classes=4), 30, np.random.default_rng(1))
+    monkeypatch.setattr(training, "_REFERENCE_ROWS", 40)
+    seen = []
+
+    def row_features(images: np.ndarray, rows: np.ndarray, members: np.ndarray) -> tf.Tensor:
+        assert members.tolist() == [6]
+        seen.append(len(images))
+        return tf.constant(images[rows[0]])
+
+    kernel, bias = train_rivals(row_features, sample, 6, rows_at_once=10)
+    assert kernel.shape == (9, 4)
+    assert bias.shape == (4,)
+    assert max(seen) == 10
+    assert sum(seen) == 5 + 6 + 7 + 10
+    margins = x @ kernel + bias
+    np.testing.assert_array_equal(margins.argmax(axis=1), y)
+    assert ((margins > 0) == (np.arange(4) == y[:, None])).all()
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=7),
+    st.sampled_from(["pair", "one_vs_rest"]),
+    st.integers(0, 99),
+)
+def test_every_group_of_rows_counts_the_same(counts: list[int], head: Any, seed: int) -> None:
+    classes = len(counts)
+    label = np.repeat(np.arange(classes), counts)
+    pairs = np.stack(np.triu_indices(classes, 1), axis=1)
+    rows = choose_rows(np.array(counts), pairs, head, np.random.default_rng(seed))
+    assert rows.numbers.shape == rows.weight.shape == (len(pairs), len(rows.group))
+    assert rows.positive.shape == (*rows.numbers.shape, 1 if head == "pair" else 2)
+    others = head == "one_vs_rest" and classes > 2
+    assert set(rows.group) == ({0, 1, 2} if others else {0, 1})
+    for numbers, weight, positive, pair in zip(
+        rows.numbers, rows.weight, rows.positive, pairs, strict=True
+    ):
+        used = weight > 0
+        for group in (0, 1):
+            own = used & (rows.group == group)
+            assert sorted(numbers[own]) == np.flatnonzero(label == pair[group]).tolist()
+            np.testing.assert_allclose(weight[own], 1 / counts[pair[group]])
+            np.testing.assert_allclose(weight[rows.group == group].sum(), 1)
+        for index in range(positive.shape[1]):
+            np.testing.assert_array_equal(
+                positive[used, index], label[numbers[used]] == pair[index]
+            )
+        if others:
+            drawn = rows.group == 2
+            assert used[drawn].all()
+            assert drawn.sum() == 128
+            np.testing.assert_allclose(weight[drawn], 1 / 128)
+            times = np.bincount(label[numbers[drawn]], minlength=classes)
+            assert (times[pair] == 0).all()
+            times = np.delete(times, pair)
+            assert times.min() == 128 // (classes - 2)
+            assert times.max() - times.min() <= 1
 
 
 class TestSample:
@@ -116,13 +173,15 @@ class TestSample:
         np.testing.assert_array_equal(one.images, other.images)
         assert (one.images != self.sample(images, 7, 5, seed=1).images).any()
 
-    def test_small_classes_repeat_their_images(self, images: Images) -> None:
+    def test_small_classes_give_what_they_have(self, images: Images) -> None:
         keep = np.r_[0:3, 20:120]  # class 0 has three images, the others twenty
         few = Images(images.x_train[keep], images.y_train[keep], images.x_test, images.y_test)
         sample = self.sample(few, 32, 8)
-        assert sample.rows.shape == (CLASSES, 8)
-        assert np.bincount(sample.rows[0]).tolist() == [3, 3, 2]
-        for label, rows in enumerate(sample.rows):
+        assert sample.counts.tolist() == [3, 8, 8, 8, 8, 8]
+        start = 0
+        for label, count in enumerate(sample.counts):
             own = few.x_train[few.y_train == label]
-            for image in sample.images[rows]:
-                assert (image == own).all(axis=(1, 2, 3)).any()
+            chosen = sample.images[start : start + count]
+            places = [np.flatnonzero((image == own).all(axis=(1, 2, 3))) for image in chosen]
+            assert len(np.unique(np.concatenate(places))) == count
+            start += count

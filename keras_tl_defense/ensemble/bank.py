@@ -199,6 +199,8 @@ class DifferentiatorBank(keras.layers.Layer):
                     units = int(np.prod(block.step.layer.kernel.shape))
                 pruned = pruned_count(LEVELS[level] * self._layout.ratios[block.name], units)
                 rows.append((int(level), int(counts[level]), block.name, units, units - pruned))
+            if self.top is not None:
+                rows.extend((int(level), int(counts[level]), *row) for row in self.top.kept())
         return rows
 
     def index(self, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ class DifferentiatorEnsemble(keras.Model):
         self.tune = check_choice("tune", tune, ("head", "unfrozen"))
         self.iterations = check_integer("iterations", iterations, 1)
         head_tensor(graph, self._cut, head_layer)
-        if tune == "unfrozen" and head_layer is not None:
+        if tune == "unfrozen" and head_layer not in (None, self.cut):
             raise ValueError(
                 'With `tune="unfrozen"` the heads read the differentiator\'s own layers after the '
                 f"cut. Leave `head_layer` out. Received: head_layer={head_layer!r}"
@@ -605,7 +606,8 @@ class DifferentiatorEnsemble(keras.Model):
         Returns:
             Columns `level` (0 for the ratios, 1 and 2 for three quarters and half of them),
             `differentiators` (how many have it), `layer`, `units` (filters of a convolution,
-            connections of a Dense layer) and `kept`.
+            connections of a Dense layer) and `kept`. Unfrozen layers of `tune="unfrozen"` keep
+            the same at every level.
 
         Raises:
             RuntimeError: `adapt` was not called.
@@ -707,7 +709,8 @@ class DifferentiatorEnsemble(keras.Model):
         for part in ("student", "preprocessing"):
             if config[part] is not None:
                 config[part] = keras.utils.deserialize_keras_object(
-                    config[part], custom_objects=custom_objects
+                    deepcopy(config[part]),  # Keras empties what it is given
+                    custom_objects=custom_objects,
                 )
         return cls(**config)
 

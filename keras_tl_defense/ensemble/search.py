@@ -98,6 +98,12 @@ def search_ratios(
     sample = sample_classes(batches, max(8, _IMAGES // classes), rng)
     trial = _Trial(student, cut, sample, preprocessing, retention, jitter, rng)
     layers = trial.head_tensors(head_layer)
+    if not any(trial.names(tensor) for tensor in layers):
+        raise ValueError(
+            "No convolution before the layer that the heads read can be pruned, so nothing "
+            "can be searched. Give `ratios` yourself, for example for Dense layers. "
+            f"Received: ratios='auto', head_layer={trial.layer_name(layers[-1])!r}"
+        )
     trial.craft(layers, rng, verbose)
     bar = keras.utils.Progbar(budget, verbose=0 if verbose == 0 else 1, unit_name="pass")
     search = _Search(trial, budget, bar)
@@ -108,12 +114,6 @@ def search_ratios(
             search.measure("head layer", tensor, {names[0]: _FIRST})
     tensor = search.best().tensor
     names = trial.names(tensor)
-    if not names:
-        raise ValueError(
-            "No convolution before the layer that the heads read can be pruned, so nothing "
-            "can be searched. Give `ratios` yourself, for example for Dense layers. "
-            f"Received: ratios='auto', head_layer={trial.layer_name(tensor)!r}"
-        )
     alone = {name: search.measure("sensitivity", tensor, {name: _FIRST}).loss for name in names}
     for name in sorted(names, key=lambda name: (alone[name], names.index(name))):
         for ratio in _GRID:
@@ -279,7 +279,7 @@ class _Trial:
             misled = result.within_budget & (classes != self._labels[source])
             self._attacks.append((result.adversarial[misled], classes[misled], len(misled)))
         crafted = sum(len(images) for images, _, _ in self._attacks)
-        self.cost = _BODIES * (len(self._images) + crafted) / self._seen
+        self.cost = len(self._pairs) * (len(self._images) + crafted) / self._seen
 
     def measure(
         self, tensor: int, ratios: dict[str, float]
@@ -292,9 +292,9 @@ class _Trial:
         weight = 1 / np.bincount(self._labels[fit])[self._labels[fit]]
         positive = self._labels[fit][:, None] == classes
         right = self._held_out & self._honest
-        scores, accuracy = np.zeros(1), 0.0
+        scores, accuracy = np.zeros(int(right.sum())), 0.0
         honest = self._labels[right]
-        crafted: list[Any] = [0.0] * len(self._attacks)
+        crafted = [np.zeros(len(images)) for images, _, _ in self._attacks]
         for number, pair in enumerate(self._pairs):
             mask = self._masks(blocks, ratios, pair, number)
             features = body(self._images, mask)
@@ -302,22 +302,38 @@ class _Trial:
             kernel, bias = heads.kernel[0].T, heads.bias[0]
             margins = features[right] @ kernel + bias
             accuracy += float(np.mean(margins.argmax(axis=1) == honest))
-            scores = scores + _scores(margins, honest, rivals=number == 0)
+            scores += self._part(margins, honest, number)
             for index, (images, answered, _) in enumerate(self._attacks):
                 if len(images):
                     margins = body(images, mask) @ kernel + bias
-                    crafted[index] = crafted[index] + _scores(margins, answered, number == 0)
-        curves = [
-            max(
-                float(np.sum(values >= np.quantile(scores, 1 - retention, method="lower"))) / count
+                    crafted[index] += self._part(margins, answered, number)
+
+        def accepted(retention: float) -> float:
+            threshold = np.quantile(scores, 1 - retention, method="lower")
+            return max(
+                float(np.sum(values >= threshold)) / count
                 for values, (_, _, count) in zip(crafted, self._attacks, strict=True)
             )
-            for retention in (self._retention, *_RETENTIONS)
-        ]
-        separation = [
-            Auroc.of(scores, np.atleast_1d(v)).auroc for v in crafted if np.ndim(v) and len(v)
-        ]
-        return curves[0], min(separation, default=1.0), accuracy / _BODIES, tuple(curves[1:])
+
+        at = tuple(accepted(retention) for retention in _RETENTIONS)
+        separation = [Auroc.of(scores, values).auroc for values in crafted if len(values)]
+        acceptance = accepted(self._retention)
+        return acceptance, min(separation, default=1.0), accuracy / len(self._pairs), at
+
+    def _part(self, margins: np.ndarray, answered: np.ndarray, number: int) -> np.ndarray:
+        """What a body adds to the score: its share of the mean; the first is the reference, too.
+
+        Args:
+            margins: Float array of shape `(n, classes)`.
+            answered: Int array of shape `(n,)`: the classes answered.
+            number: Number of the body.
+        """
+        own = np.take_along_axis(margins, answered[:, None], axis=1)[:, 0] / len(self._pairs)
+        if number:
+            return own
+        others = margins.copy()
+        np.put_along_axis(others, answered[:, None], -np.inf, axis=1)
+        return np.asarray(own - RIVAL * others.max(axis=1))
 
     def _answered_held_out(self) -> np.ndarray:
         """Which images a Student that was not trained on them would answer rightly.
@@ -430,22 +446,6 @@ def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         chosen = rng.permutation(count)[: max(1, round(_HELD_OUT * count))]
         held_out[start + chosen] = True
     return held_out
-
-
-def _scores(margins: np.ndarray, answered: np.ndarray, rivals: bool) -> np.ndarray:
-    """A body's part in the score: its mean with the others', less half the largest other margin.
-
-    Args:
-        margins: Float array of shape `(n, classes)`.
-        answered: Int array of shape `(n,)`: the classes answered.
-        rivals: Whether this body is the reference, too.
-    """
-    own = np.take_along_axis(margins, answered[:, None], axis=1)[:, 0] / _BODIES
-    if not rivals:
-        return own
-    others = margins.copy()
-    np.put_along_axis(others, answered[:, None], -np.inf, axis=1)
-    return np.asarray(own - RIVAL * others.max(axis=1))
 
 
 def _warn(best: _Candidate, search: _Search, trial: _Trial, retention: float) -> None:

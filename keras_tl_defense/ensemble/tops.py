@@ -138,6 +138,23 @@ class OwnTop:
         weights = sum(int(np.prod(shape)) for shape in self.weight_shapes().values())
         return 4 * (weights + sum(self.kept_counts().values()))
 
+    def kept(self) -> list[tuple[str, int, int]]:
+        """Name, units and units kept of each pruned layer.
+
+        A unit is a filter or a connection. Connections of removed inputs are gone with them.
+        """
+        shapes, counts = self.weight_shapes(), self.kept_counts()
+        rows = []
+        for block in self.blocks:
+            units, kept = block.units, counts.get(block.name, 0)
+            if block.kind == "connections":
+                name = f"{block.name}/kernel"
+                units = int(np.prod(self._weights[name].variable.shape))
+                left = units - pruned_count(self.ratios[block.name], units)
+                kept = min(left, int(np.prod(shapes[name])))
+            rows.append((block.name, units, kept))
+        return rows
+
     def start(self) -> tuple[Arrays, Arrays]:
         """The Student's weights, and all filters kept."""
         weights = {name: _to_numpy(weight.variable) for name, weight in self._weights.items()}

@@ -1,0 +1,207 @@
+"""The search of ratios and of the layer that the heads read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import KEY, SIZE, Images, weights_of
+
+import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble import search
+from keras_tl_defense.evaluation import plot_search
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The search's own attacks hardly"),
+    pytest.mark.filterwarnings("ignore:No ratios were found that"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Any:
+    """Fewer attacks and steps than users get, and a budget that lets them succeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_ATTACKS", 16)
+        patch.setattr(search, "_STEPS", 60)
+        patch.setattr(search, "_BUDGET", 0.15)
+        yield
+
+
+def adapted(student: Any, images: Images, **options: Any) -> Any:
+    defence = ktd.DifferentiatorEnsemble(
+        student, **{"retention": 0.9, "seed": 0, "key": KEY, "search_budget": 24, **options}
+    )
+    defence.adapt(images.x_train, images.y_train, verbose=0)
+    return defence
+
+
+@pytest.fixture(scope="module")
+def searched(student: Any, images: Images, quick: Any) -> Any:
+    assert ktd.DifferentiatorEnsemble(student).ratios == "auto"
+    defence = adapted(student, images)
+    defence.fit(images.x_train, images.y_train, verbose=0)
+    return defence
+
+
+def test_the_history_says_what_was_measured_and_chosen(searched: Any) -> None:
+    history = searched.search_history
+    assert list(history.columns) == [
+        "step",
+        "head_layer",
+        "ratios",
+        "acceptance",
+        "auroc",
+        "accuracy",
+        "acceptance_at_0.9",
+        "acceptance_at_0.95",
+        "acceptance_at_0.99",
+        "passes",
+        "chosen",
+    ]
+    assert history["chosen"].sum() == 1
+    chosen = history[history["chosen"]].iloc[0]
+    assert chosen["ratios"] == searched.ratios != {}
+    assert chosen["head_layer"] == searched.head_layer
+    at_layer = history[history["head_layer"] == searched.head_layer]
+    pruned = at_layer[at_layer["ratios"].map(bool)]
+    assert chosen["acceptance"] == pruned["acceptance"].min()
+    ties = pruned[pruned["acceptance"] == chosen["acceptance"]]
+    assert chosen["auroc"] == ties["auroc"].max()
+    np.testing.assert_allclose(history["acceptance"], history["acceptance_at_0.9"])
+    for name in ("acceptance", "auroc", "accuracy"):
+        assert history[name].between(0, 1).all()
+    assert (history["acceptance_at_0.9"] <= history["acceptance_at_0.95"]).all()
+    assert history["acceptance"].max() > 0.2  # the attacks mean something
+    assert chosen["acceptance"] < history["acceptance"].max()
+
+
+def test_the_budget_is_respected(searched: Any) -> None:
+    history = searched.search_history
+    assert history["passes"].is_monotonic_increasing
+    assert history["passes"].iloc[-1] <= 24
+    steps = np.diff(history["passes"], prepend=0)
+    np.testing.assert_allclose(steps, steps[0])
+    assert history["passes"].iloc[-1] + steps[0] > 24  # it could have taken no more
+    assert not history.duplicated(["head_layer"]).all()
+    keys = [(row.head_layer, *sorted(row.ratios.items())) for row in history.itertuples()]
+    assert len(set(keys)) == len(keys)
+    for row in history.itertuples():
+        assert set(row.ratios.values()) <= {0.5, 0.7, 0.85, 0.92}
+
+
+def test_the_seed_decides(searched: Any, student: Any, images: Images) -> None:
+    again = adapted(student, images)
+    pd.testing.assert_frame_equal(again.search_history, searched.search_history, rtol=1e-3)
+    assert (again.ratios, again.head_layer) == (searched.ratios, searched.head_layer)
+    np.testing.assert_array_equal(
+        weights_of(again)["filter_masks"], weights_of(searched)["filter_masks"]
+    )
+
+
+def test_what_was_found_is_used_saved_and_kept(
+    searched: Any, images: Images, tmp_path: Path
+) -> None:
+    assert searched.evaluate(images.x_test, images.y_test, verbose=0)["retention"].rate > 0.5
+    assert set(searched.sparsity()["layer"]) == set(searched.ratios)
+    searched.save(tmp_path / "defence.keras")
+    loaded = keras.models.load_model(tmp_path / "defence.keras")
+    assert (loaded.ratios, loaded.head_layer) == (searched.ratios, searched.head_layer)
+    np.testing.assert_array_equal(
+        loaded.predict(images.x_test, verbose=0), searched.predict(images.x_test, verbose=0)
+    )
+    loaded.adapt(images.x_train, images.y_train, verbose=0)
+    assert loaded.search_history is None  # it kept what it had
+    assert loaded.ratios == searched.ratios
+
+
+def test_a_layer_that_is_given_is_taken(student: Any, images: Images) -> None:
+    defence = adapted(student, images, head_layer="pool1", search_budget=8)
+    assert defence.head_layer == "pool1"
+    assert set(defence.search_history["head_layer"]) == {"pool1"}
+    assert set(defence.ratios) == {"conv1"}
+    assert defence.search_history["passes"].iloc[-1] <= 8
+
+
+def test_few_images_will_do(student: Any, images: Images) -> None:
+    """Too few for one of the retentions that the history also tells about."""
+    few = Images(images.x_train[::2], images.y_train[::2], *images[2:])
+    history = adapted(student, few, search_budget=6).search_history
+    assert history["acceptance_at_0.9"].notna().all()
+    assert history["acceptance_at_0.99"].isna().all()
+    plot_search(history)
+
+
+def test_too_few_images_of_a_class(student: Any, images: Images) -> None:
+    keep = np.r_[0:20, 20:22, 40:120]
+    with pytest.raises(ValueError, match=r"at least 3 images of every.*fewer than 3 .* class 1$"):
+        adapted(student, Images(images.x_train[keep], images.y_train[keep], *images[2:]))
+    with pytest.raises(ValueError, match="Add images of class 2"):
+        adapted(student, Images(images.x_train[:40], images.y_train[:40], *images[2:]))
+
+
+def test_a_student_that_knows_nothing(student: Any, images: Images) -> None:
+    wrong = (student.predict(images.x_train, verbose=0).argmax(axis=1) + 1) % 6
+    with pytest.raises(ValueError, match=r"answers rightly.*Received: 0 such images"):
+        adapted(student, Images(images.x_train, wrong, *images[2:]))
+
+
+def test_a_student_without_convolutions(images: Images) -> None:
+    keras.utils.set_random_seed(0)
+    dense = keras.layers.Dense(12, activation="relu", trainable=False, name="fc")
+    student = keras.Sequential(
+        [
+            keras.Input((SIZE, SIZE, 3)),
+            keras.layers.Rescaling(1 / 127.5, offset=-1),
+            keras.layers.Flatten(),
+            dense,
+            keras.layers.Dense(6, name="head"),
+        ]
+    )
+    student.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    student.fit(images.x_train.astype(np.float32), images.y_train, epochs=20, verbose=0)
+    with pytest.raises(ValueError, match=r"No convolution before .*`ratios` yourself"):
+        adapted(student, images)
+
+
+def test_it_warns_when_nothing_good_is_found(
+    student: Any, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_GOAL", -1.0)
+    with pytest.warns(
+        UserWarning, match="No ratios were found that keep 90% .* unpruned heads let"
+    ):
+        adapted(student, images, search_budget=6)
+
+
+def test_it_warns_when_its_attacks_fail(
+    student: Any, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_BUDGET", 1e-7)
+    monkeypatch.setattr(search, "_STEPS", 2)
+    with pytest.warns(UserWarning, match="hardly succeed.* 0% of 16"):
+        adapted(student, images, search_budget=6)
+
+
+def test_a_budget_for_nothing_but_the_first_candidate(student: Any, images: Images) -> None:
+    with pytest.warns(UserWarning, match="No layer is pruned"):
+        defence = adapted(student, images, search_budget=1)
+    assert defence.ratios == {}
+    assert len(defence.search_history) == 1
+
+
+def test_nothing_is_known_before_adapt(student: Any, tmp_path: Path) -> None:
+    defence = ktd.DifferentiatorEnsemble(student)
+    assert (defence.ratios, defence.head_layer) == ("auto", None)
+    assert defence.search_history is None
+    assert len(defence.pairs) == 15
+    x = np.zeros((1, SIZE, SIZE, 3))
+    for use in (defence.predict, defence.sparsity, defence.export, defence.save):
+        with pytest.raises(RuntimeError, match=r"not pruned yet. Call `adapt"):
+            use(*{"predict": [x], "sparsity": []}.get(use.__name__, [tmp_path / "a.keras"]))
+    for budget in (0, -3, 1.5):
+        with pytest.raises(ValueError, match=f"Received: search_budget={budget}"):
+            ktd.DifferentiatorEnsemble(student, search_budget=budget)
