@@ -65,7 +65,7 @@ class TinyDemo(Demo):
     """The whole demonstration on a few images and an untrained Teacher."""
 
     def _load(self, teacher: Any) -> Any:
-        return synthetic.load_signs(train_per_class=8, test_per_class=3, seed=self.seed)
+        return synthetic.load_signs(train_per_class=24, test_per_class=3, seed=self.seed)
 
     def _make_teacher(self) -> Any:
         return build_teacher((32, 32, 3), 4, widths=(8,))

@@ -10,7 +10,7 @@ from conftest import CLASSES, Images, fitted
 
 from keras_tl_defense.ensemble.heads import fit_heads
 
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def ridge(x: np.ndarray, target: np.ndarray, weight: np.ndarray, penalty: float) -> np.ndarray:
@@ -28,7 +28,7 @@ def left_out(
     Third, the kernels with their biases, `(heads, features + 1)`, that all images give.
     """
     weight = weight / weight.sum()
-    scale = np.sum(weight[:, None] * (x - weight @ x) ** 2)
+    scale = np.sum(weight[:, None] * (x - weight @ x) ** 2) * np.sum(weight**2)
     targets = np.where(positive, 1.0, -1.0)
     found = {}
     for strength in STRENGTHS:

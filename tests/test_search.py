@@ -68,9 +68,10 @@ def test_the_history_says_what_was_measured_and_chosen(searched: Any) -> None:
     assert chosen["head_layer"] == searched.head_layer
     at_layer = history[history["head_layer"] == searched.head_layer]
     pruned = at_layer[at_layer["ratios"].map(bool)]
-    assert chosen["acceptance"] == pruned["acceptance"].min()
-    ties = pruned[pruned["acceptance"] == chosen["acceptance"]]
-    assert chosen["auroc"] == ties["auroc"].max()
+    near = ["acceptance", "acceptance_at_0.9", "acceptance_at_0.95"]
+    averages = pruned[near].mean(axis=1)
+    assert chosen[near].mean() == averages.min()
+    assert chosen["auroc"] == pruned["auroc"][averages == averages.min()].max()
     np.testing.assert_allclose(history["acceptance"], history["acceptance_at_0.9"])
     for name in ("acceptance", "auroc", "accuracy"):
         assert history[name].between(0, 1).all()
@@ -119,19 +120,17 @@ def test_what_was_found_is_used_saved_and_kept(
 
 
 def test_a_layer_that_is_given_is_taken(student: Any, images: Images) -> None:
-    defence = adapted(student, images, head_layer="pool1", search_budget=8)
+    defence = adapted(student, images, head_layer="pool1", search_budget=16)
     assert defence.head_layer == "pool1"
     assert set(defence.search_history["head_layer"]) == {"pool1"}
     assert set(defence.ratios) == {"conv1"}
-    assert defence.search_history["passes"].iloc[-1] <= 8
+    assert defence.search_history["passes"].iloc[-1] <= 16
 
 
 def test_few_images_will_do(student: Any, images: Images) -> None:
-    """Too few for one of the retentions that the history also tells about."""
     few = Images(images.x_train[::2], images.y_train[::2], *images[2:])
     history = adapted(student, few, search_budget=6).search_history
-    assert history["acceptance_at_0.9"].notna().all()
-    assert history["acceptance_at_0.99"].isna().all()
+    assert history.notna().all(axis=None)
     plot_search(history)
 
 

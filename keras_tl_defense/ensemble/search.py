@@ -108,10 +108,10 @@ def search_ratios(
     bar = keras.utils.Progbar(budget, verbose=0 if verbose == 0 else 1, unit_name="pass")
     search = _Search(trial, budget, bar)
     for tensor in layers:
-        search.measure("head layer", tensor, {})
         names = trial.names(tensor)
         if names:
             search.measure("head layer", tensor, {names[0]: _FIRST})
+        search.measure("head layer", tensor, {})
     tensor = search.best().tensor
     names = trial.names(tensor)
     alone = {name: search.measure("sensitivity", tensor, {name: _FIRST}).loss for name in names}
@@ -121,7 +121,7 @@ def search_ratios(
             changed = {**start, name: ratio}
             search.measure("step", tensor, {k: v for k, v in changed.items() if v})
     best = search.best(tensor)
-    _warn(best, search, trial, retention)
+    _warn(best, trial, retention)
     bar.update(budget, finalize=True)
     return Found(best.ratios, trial.layer_name(tensor), search.history(best))
 
@@ -168,10 +168,6 @@ class _Search:
         """The candidate with the lowest loss; some layer must be pruned if any can be."""
         chosen = [c for c in self._found.values() if tensor in (None, c.tensor)]
         return min(chosen, key=lambda c: (not c.ratios, *c.loss))
-
-    def unpruned(self, tensor: int) -> _Candidate:
-        """The candidate that prunes nothing."""
-        return self._found[(tensor,)]
 
     def history(self, best: _Candidate) -> pd.DataFrame:
         """A row for each candidate, in the order in which they were measured."""
@@ -450,7 +446,7 @@ def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return held_out
 
 
-def _warn(best: _Candidate, search: _Search, trial: _Trial, retention: float) -> None:
+def _warn(best: _Candidate, trial: _Trial, retention: float) -> None:
     successes = max(len(images) / count for images, _, count in trial._attacks)
     if successes < 0.1:
         warnings.warn(
@@ -463,7 +459,6 @@ def _warn(best: _Candidate, search: _Search, trial: _Trial, retention: float) ->
         warnings.warn(
             f"No ratios were found that keep {retention:.0%} of the honest images and let no more "
             f"than {_GOAL:.0%} of the crafted ones pass. The best found let {best.acceptance:.0%} "
-            f"pass, where unpruned heads let {search.unpruned(best.tensor).acceptance:.0%}. Ask "
-            "for a lower `retention`, or give more training images.",
+            "pass. Ask for a lower `retention`, or give more training images.",
             stacklevel=4,
         )
