@@ -378,7 +378,7 @@ class DifferentiatorEnsemble(keras.Model):
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True), images_per_class, rng
         )
-
+        self._set_stage(_ADAPTED)
         features = self._rows_function(self._bank.body_features)
         rows_at_once = self._bank.rows_at_once(_BODY_BYTES)
         members = np.arange(len(self.pairs))

@@ -29,7 +29,7 @@ from keras_tl_defense.pruning.masks import filter_masks
 
 _IMAGES = 1500  # about as many are searched on; at least eight of each class
 _HELD_OUT = 0.12
-_ATTACKS, _STEPS, _BUDGET = 64, 150, 0.01
+_ATTACKS, _STEPS, _BUDGET = 128, 150, 0.02
 _BODIES = 4
 _FIRST = 0.85
 _GRID = (0.0, 0.5, 0.7, 0.85, 0.92)
