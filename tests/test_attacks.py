@@ -102,7 +102,7 @@ def test_success_rises_with_the_budget_until_nothing_resists(trained: Trained) -
         reached.append(result.reached(answered).mean())
         distance.append(result.distance.mean())
     assert misled[0] < misled[2]
-    assert misled[2] >= 0.95
+    assert misled[2] >= 0.9
     assert reached[0] < reached[1] < reached[2]
     assert distance[0] > distance[1] > distance[2]
 

@@ -121,22 +121,21 @@ def test_traffic_signs(data_folder: Path, tmp_path: Path) -> None:
         *("--teacher", str(data_folder / "vgg32_tiny_imagenet.h5")),
     )
     assert rates["clean", "student_accuracy"] > 0.55
-    assert rates["clean", "retention"] > 0.6
+    assert rates["clean", "retention"] > 0.8
     for attack in ("targeted mimicry", "non-targeted mimicry"):
         assert rates[attack, "defended_success"] < 0.8 * rates[attack, "undefended_success"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(LEGACY, reason="once is enough: the real data run under Keras 3")
-@pytest.mark.parametrize(("cut", "accuracy"), [("fc2", 0.45), ("flatten", 0.65)])
-def test_faces(cut: str, accuracy: float, data_folder: Path, tmp_path: Path) -> None:
+def test_faces(data_folder: Path, tmp_path: Path) -> None:
     rates = run_demo(
         tmp_path,
-        *("--data", "lfw", "--data-root", str(data_folder), "--attacks", "40", "--cut", cut),
+        *("--data", "lfw", "--data-root", str(data_folder), "--attacks", "40"),
         *("--teacher", str(data_folder / "vgg32_faces.h5")),
     )
-    assert rates["clean", "student_accuracy"] > accuracy
-    assert rates["clean", "retention"] > 0.6
+    assert rates["clean", "student_accuracy"] > 0.6
+    assert rates["clean", "retention"] > 0.8
     assert rates["non-targeted mimicry", "undefended_success"] > 0.85
     for attack in ("targeted mimicry", "non-targeted mimicry"):
-        assert rates[attack, "defended_success"] < 0.8 * rates[attack, "undefended_success"]
+        assert rates[attack, "defended_success"] < 0.5 * rates[attack, "undefended_success"]

@@ -76,7 +76,7 @@ def test_the_history_says_what_was_measured_and_chosen(searched: Any) -> None:
     for name in ("acceptance", "auroc", "accuracy"):
         assert history[name].between(0, 1).all()
     assert (history["acceptance_at_0.9"] <= history["acceptance_at_0.95"]).all()
-    assert history["auroc"].nunique() > 1
+    assert len(history) > 3
 
 
 def test_the_budget_is_respected(searched: Any) -> None:
