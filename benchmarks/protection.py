@@ -67,7 +67,7 @@ def measure(
     defence.adapt(case.x_train, case.y_train, verbose=0)
     adapted = time.perf_counter()
     x, y = case.augmented()
-    defence.fit(x, y, epochs=epochs, images_per_class=40, verbose=0)
+    defence.fit(x, y, epochs=epochs, verbose=0)
     fitted = time.perf_counter()
     rows = []
     calibrated = defence.calibrate(case.x_val, case.y_val, verbose=0)

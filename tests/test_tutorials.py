@@ -48,6 +48,6 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     assert any("taken for the target" in text for text in texts)
     assert (tmp_path / "serving" / "defence" / "1" / "saved_model.pb").exists()
