@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, Images, fitted
 
+from keras_tl_defense.ensemble import heads as heads_module
 from keras_tl_defense.ensemble.heads import fit_heads
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -107,6 +108,19 @@ def test_bodies_do_not_touch_each_other() -> None:
         alone = fit_heads(*(array[None] for array in case))
         for array, part in zip(together, alone, strict=True):
             np.testing.assert_allclose(array[number], part[0], rtol=1e-3, atol=1e-4)
+
+
+def test_many_images_give_the_heads_that_the_eigenvectors_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, positive, weight = problem(0.4, seed=7)
+    plain = fit_heads(x[None], positive[None], weight[None])
+    monkeypatch.setattr(heads_module, "_STRENGTHS", tuple(plain.strength))
+    monkeypatch.setattr(heads_module, "_EIGEN_ROWS", 8)
+    for array, expected in zip(
+        fit_heads(x[None], positive[None], weight[None]), plain, strict=True
+    ):
+        np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_identical_images_do_no_harm() -> None:

@@ -1,4 +1,4 @@
-"""Masked execution against networks from which the channels were really taken out."""
+"""Masked and compact execution against networks from which channels were really taken out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tensorflow as tf
 from oracles import connection_mask
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.blocks import find_blocks
@@ -18,6 +19,58 @@ from keras_tl_defense.pruning.masks import connection_thresholds
 
 layers = keras.layers
 Keep = dict[str, np.ndarray]
+
+
+def no_connections(name: str, member: tf.Tensor) -> tf.Tensor:
+    raise AssertionError("no connections are pruned")
+
+
+def masked(
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any = no_connections,
+) -> np.ndarray:
+    """Features at the graph's output, all rows in one masked pass."""
+    blocks = pruned_blocks(graph, bank)
+    features = MaskedBody(graph, graph.output, blocks)(
+        graph.run(tf.constant(x), [graph.output]),
+        tf.constant(rows),
+        tf.constant(members),
+        tf.constant(bank),
+        connection_mask,
+    )
+    return np.asarray(features)
+
+
+def compact(
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any = no_connections,
+) -> np.ndarray:
+    """The same, one differentiator after the other, without what is removed."""
+    body = CompactBody(
+        graph, graph.output, pruned_blocks(graph, bank), connection_mask=connection_mask
+    )
+    loaded = body.load(x)
+    parts = [
+        body(loaded[own], bank[member], member) for own, member in zip(rows, members, strict=True)
+    ]
+    return np.concatenate(parts)
+
+
+def pruned_blocks(graph: ModelGraph, bank: np.ndarray) -> list[Any]:
+    """All prunable layers, or only the convolutions where there are filters to prune."""
+    blocks = find_blocks(graph)
+    return [b for b in blocks if b.kind == "filters"] if bank.shape[1] else blocks
+
+
+each_form = pytest.mark.parametrize("run", [masked, compact])
 
 
 class Widths:
@@ -162,8 +215,9 @@ def kept_channels(features: np.ndarray, small: np.ndarray, mask: np.ndarray) -> 
     return features[:, columns]
 
 
+@each_form
 @pytest.mark.parametrize("case", SLICES)
-def test_masked_equals_physically_removed(case: str) -> None:
+def test_it_equals_physically_removed(case: str, run: Any) -> None:
     build, filters, slices = SLICES[case]
     rng = np.random.default_rng(0)
     full = build(Widths({}))
@@ -171,7 +225,6 @@ def test_masked_equals_physically_removed(case: str) -> None:
     graph = ModelGraph(full)
     blocks = [b for b in find_blocks(graph) if b.kind == "filters"]
     assert [b.name for b in blocks] == list(filters)
-    body = MaskedBody(graph, graph.output, blocks)
     keeps = []
     for _ in range(3):
         keep = {name: rng.random(count) < 0.6 for name, count in filters.items()}
@@ -182,13 +235,7 @@ def test_masked_equals_physically_removed(case: str) -> None:
     x = rng.normal(0, 1, (4, *graph.input_shape)).astype(np.float32)
     rows = np.array([[0, 1], [2, 3], [1, 1]])
     members = np.array([2, 0, 1])
-    features = body(
-        graph.run(tf.constant(x), [graph.output]),
-        tf.constant(rows),
-        tf.constant(members),
-        tf.constant(bank),
-        lambda name, member: tf.zeros(0),
-    ).numpy()
+    features = run(graph, x, rows, members, bank)
     for group, member in enumerate(members):
         keep = keeps[member]
         small = build(Widths(keep))
@@ -204,14 +251,14 @@ def test_masked_equals_physically_removed(case: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_masked_dense_connections_equal_a_pruned_kernel() -> None:
+@each_form
+def test_dense_connections_equal_a_pruned_kernel(run: Any) -> None:
     rng = np.random.default_rng(0)
     inputs = keras.Input((7,))
     x = layers.Dense(5, activation="relu", name="fc1")(inputs)
     model = keras.Model(inputs, layers.Dense(4, name="fc2")(x))
     randomise(model, rng)
     graph = ModelGraph(model)
-    body = MaskedBody(graph, graph.output, find_blocks(graph))
     kernels = {name: model.get_layer(name).get_weights()[0] for name in ("fc1", "fc2")}
     masks = {}
     for name, kernel in kernels.items():
@@ -221,13 +268,14 @@ def test_masked_dense_connections_equal_a_pruned_kernel() -> None:
             [connection_mask(kernel, *row) for row in zip(scores, thresholds, ties, strict=True)]
         )
     x = rng.normal(0, 1, (4, 7)).astype(np.float32)
-    features = body(
-        graph.run(tf.constant(x), [graph.output]),
-        tf.constant([[0, 1, 2], [3, 2, 1]]),
-        tf.constant([1, 2]),
-        tf.zeros((3, 0), tf.bool),
+    features = run(
+        graph,
+        x,
+        np.array([[0, 1, 2], [3, 2, 1]]),
+        np.array([1, 2]),
+        np.zeros((3, 0), bool),
         lambda name, member: tf.gather(tf.constant(masks[name]), member),
-    ).numpy()
+    )
     (_, b1), (_, b2) = (model.get_layer(name).get_weights() for name in ("fc1", "fc2"))
     for group, (images, member) in enumerate([((0, 1, 2), 1), ((3, 2, 1), 2)]):
         hidden = np.maximum(x[list(images)] @ (kernels["fc1"] * masks["fc1"][member]) + b1, 0)
@@ -283,34 +331,31 @@ def test_a_bare_operation_on_a_pruned_channel_is_refused(operation: Any) -> None
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_no_offset_revives_a_channel(layer: Any) -> None:
+@each_form
+def test_no_offset_revives_a_channel(layer: Any, run: Any) -> None:
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, padding="same", name="conv")(inputs)
     x = layers.BatchNormalization(beta_initializer="ones")(layer(layers.MaxPooling2D(1)(x)))
     graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
-    body = MaskedBody(graph, graph.output, find_blocks(graph))
     keep = np.array([True, False, True, False])
-    values = graph.run(tf.random.normal((2, 8, 8, 3)), [graph.output])
-    features = body(
-        values, tf.constant([[0, 1]]), tf.constant([0]), tf.constant([keep]), lambda *_: tf.zeros(0)
-    ).numpy()
-    plain = values[graph.output].numpy()
+    images = np.random.default_rng(0).normal(0, 1, (2, 8, 8, 3)).astype(np.float32)
+    features = run(graph, images, np.array([[0, 1]]), np.array([0]), keep[None])
+    plain = graph.run(tf.constant(images), [graph.output])[graph.output].numpy()
     columns = np.tile(keep, plain.shape[1] // 4)
     assert not features[:, ~columns].any()
     assert plain[:, ~columns].any()
     np.testing.assert_allclose(features[:, columns], plain[:, columns], rtol=1e-5)
 
 
-def test_at_an_addition_a_pruned_branch_contributes_nothing() -> None:
+@each_form
+def test_at_an_addition_a_pruned_branch_contributes_nothing(run: Any) -> None:
     inputs = keras.Input((8, 8, 3))
     branches = [layers.Conv2D(4, 3, padding="same", name=name)(inputs) for name in "ab"]
     graph = ModelGraph(keras.Model(inputs, layers.Flatten()(layers.Add()(branches))))
-    body = MaskedBody(graph, graph.output, find_blocks(graph))
     keep = np.array([[1, 0, 1, 0, 0, 0, 1, 1]], bool)
-    values = graph.run(tf.random.normal((2, 8, 8, 3)), [graph.output])
-    features = body(
-        values, tf.constant([[0, 1]]), tf.constant([0]), tf.constant(keep), lambda *_: tf.zeros(0)
-    ).numpy()
+    images = np.random.default_rng(0).normal(0, 1, (2, 8, 8, 3)).astype(np.float32)
+    features = run(graph, images, np.array([[0, 1]]), np.array([0]), keep)
+    values = graph.run(tf.constant(images), [graph.layer_output(name) for name in "ab"])
     a, b = (values[graph.layer_output(name)].numpy() for name in "ab")
     expected = (a * keep[0, :4] + b * keep[0, 4:]).reshape(2, -1)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
@@ -324,3 +369,19 @@ def test_a_layer_that_is_used_twice_is_refused_when_it_is_to_be_pruned() -> None
     assert [block.name for block in blocks] == ["shared@1", "shared@2"]
     with pytest.raises(ValueError, match="'shared' is used 2 times"):
         blocks[0].checked()
+
+
+def test_what_comes_before_the_first_pruned_layer_is_computed_once() -> None:
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="a")(inputs)
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(5, 3, name="b")(layers.MaxPooling2D(2)(x)))
+    graph = ModelGraph(keras.Model(inputs, x))
+    images = np.random.default_rng(0).normal(0, 1, (3, 8, 8, 3)).astype(np.float32)
+    blocks = {block.name: block for block in find_blocks(graph)}
+    for names, shape in ((["a", "b"], (3, 8, 8, 3)), (["b"], (3, 3, 3, 4)), ([], (3, 5))):
+        body = CompactBody(graph, graph.output, [blocks[name] for name in names])
+        loaded = body.load(images)
+        assert loaded.shape == shape
+        units = sum(blocks[name].units for name in names)
+        plain = graph.run(tf.constant(images), [graph.output])[graph.output]
+        np.testing.assert_allclose(body(loaded, np.ones(units, bool)), plain, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import CLASSES, Images
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,32 +29,30 @@ def test_chunks_give_what_one_piece_gives(head: Any, monkeypatch: pytest.MonkeyP
     pairs = np.stack(np.triu_indices(4, 1), axis=1)
     scales = np.linspace(0.5, 1.5, len(pairs)).astype(np.float32)
 
-    def row_features(images: np.ndarray, rows: np.ndarray, members: np.ndarray) -> tf.Tensor:
-        scaled = images[rows] * scales[members][:, None, None]
-        return tf.constant(scaled.reshape(-1, 15))
+    def member_features(images: np.ndarray, member: int) -> np.ndarray:
+        return images * scales[member]
 
-    def train(chunk_bytes: int, rows_at_once: int) -> Any:
+    def train(chunk_bytes: int) -> Any:
         monkeypatch.setattr(training, "_CHUNK_BYTES", chunk_bytes)
         done: list[int] = []
         heads = train_heads(
-            row_features,
+            member_features,
             sample,
             np.arange(len(pairs)),
             pairs,
             15,
             head,
-            rows_at_once=rows_at_once,
             rng=np.random.default_rng(0),
             progress=done.append,
         )
         assert sum(done) == len(pairs)
         return heads
 
-    whole = train(1 << 30, 512)
+    whole = train(1 << 30)
     assert whole.kernel.shape == (6, 1 if head == "pair" else 2, 15)
     assert whole.accuracy.shape == whole.loss.shape == (6,)
-    for chunk_bytes, rows_at_once in ((1, 512), (2 * 140 * 15 * 4, 24), (2 * 140 * 15 * 4, 5)):
-        for part, expected in zip(train(chunk_bytes, rows_at_once), whole, strict=True):
+    for chunk_bytes in (1, 2 * 140 * 15 * 4):
+        for part, expected in zip(train(chunk_bytes), whole, strict=True):
             np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -68,21 +65,20 @@ def test_members_keep_their_own_masks() -> None:
     pairs = np.stack(np.triu_indices(4, 1), axis=1)
     asked = []
 
-    def row_features(images: np.ndarray, rows: np.ndarray, members: np.ndarray) -> tf.Tensor:
-        asked.extend(members.tolist())
-        return tf.constant((images[rows] * (1 + members)[:, None, None]).reshape(-1, 15))
+    def member_features(images: np.ndarray, member: int) -> np.ndarray:
+        asked.append(member)
+        return images * (1 + member)
 
     members = np.array([4, 1])
-    fit_options: dict[str, Any] = {"rows_at_once": 500, "progress": lambda count: None}
     heads = train_heads(
-        row_features,
+        member_features,
         sample,
         members,
         pairs[members],
         15,
         "pair",
         rng=np.random.default_rng(0),
-        **fit_options,
+        progress=lambda count: None,
     )
     assert set(asked) == {1, 4}
     for head, member in enumerate(members):
@@ -102,16 +98,18 @@ def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training, "_REFERENCE_ROWS", 40)
     seen = []
 
-    def row_features(images: np.ndarray, rows: np.ndarray, members: np.ndarray) -> tf.Tensor:
-        assert members.tolist() == [6]
+    def member_features(images: np.ndarray, member: int) -> np.ndarray:
+        assert member == 6
         seen.append(len(images))
-        return tf.constant(images[rows[0]])
+        return images
 
-    kernel, bias = train_rivals(row_features, sample, 6, rows_at_once=10)
+    kernel, bias = train_rivals(member_features, sample, 6, width=9)
     assert kernel.shape == (9, 4)
     assert bias.shape == (4,)
-    assert max(seen) == 10
-    assert sum(seen) == 5 + 6 + 7 + 10
+    assert seen == [5 + 6 + 7 + 10]
+    monkeypatch.setattr(training, "_REFERENCE_BYTES", 4 * 9 * 24)
+    train_rivals(member_features, sample, 6, width=9)
+    assert seen[1:] == [5 + 6 + 6 + 6]
     margins = x @ kernel + bias
     np.testing.assert_array_equal(margins.argmax(axis=1), y)
     assert ((margins > 0) == (np.arange(4) == y[:, None])).all()

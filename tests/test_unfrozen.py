@@ -121,7 +121,8 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
     for index, answered in enumerate(details["student_class"]):
         drawn = details["members"][index]
         said = [margins[m, index, list(defence.pairs[m]).index(answered)] for m in drawn]
-        score = np.mean(said) - 0.5 * max(np.delete(rivals[index], answered))
+        others = np.delete(rivals[index], answered)
+        score = np.mean(said) + rivals[index, answered] - 1.5 * max(others)
         assert details["score"][index] == pytest.approx(score, rel=1e-3, abs=1e-3)
         assert details["disagreements"][index] == sum(margin < 0 for margin in said)
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.activations import ClassActivations
+from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.tops import OwnTop
 from keras_tl_defense.graph import ModelGraph
@@ -28,8 +29,7 @@ from keras_tl_defense.pruning.masks import (
 LEVELS = (1.0, 0.75, 0.5)
 """Shares of the common ratios; a differentiator that they leave too little takes the next."""
 
-RIVAL = 0.5
-"""How much the reference's largest margin of another class counts against the members' mean."""
+_OTHER = 1.5  # how much the reference's largest margin of another class counts
 
 _TOO_MANY_BYTES = 8 << 30
 
@@ -69,6 +69,7 @@ class DifferentiatorBank(keras.layers.Layer):
         super().__init__(trainable=False, **kwargs)
         blocks = [b.checked() for b in find_blocks(graph, before=tensor) if b.name in ratios]
         self._layout = _Layout(blocks, ratios)
+        self._graph = graph
         self._body = MaskedBody(graph, tensor, blocks)
         self.needs = (tensor,)
         self._classes = classes
@@ -227,6 +228,23 @@ class DifferentiatorBank(keras.layers.Layer):
         masks = tf.convert_to_tensor(self.filter_masks)
         return self._body(values, rows, members, masks, self._connection_mask)
 
+    def compact_body(self, preprocessing: Any) -> CompactBody:
+        """The frozen body of one differentiator at a time, from images."""
+        return CompactBody(
+            self._graph, self.needs[0], self._layout.blocks, preprocessing, self._connection_mask
+        )
+
+    def filter_mask(self, member: int) -> np.ndarray:
+        """Which filters a differentiator, or the reference, keeps: boolean, `(filters,)`."""
+        return np.asarray(tf.convert_to_tensor(self.filter_masks)[member])
+
+    def own_features(self, values: tf.Tensor, member: tf.Tensor) -> tf.Tensor:
+        """What the heads read, of what `compact_body` gives, under layers of its own."""
+        assert self.top is not None
+        values = tf.reshape(values, (-1, *self.top.cut_shape))
+        stacks = tf.nest.map_structure(tf.convert_to_tensor, (self._top_weights, self._top_kept))
+        return self.top.run(values, *tf.nest.map_structure(lambda s: tf.gather(s, member), stacks))
+
     def rows_at_once(self, memory: int) -> int:
         """How many rows of `body_features` keep each tensor below `memory` bytes, 1 to 512."""
         return int(np.clip(memory // self._body.row_bytes, 1, 512))
@@ -260,23 +278,20 @@ class DifferentiatorBank(keras.layers.Layer):
         logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1) + bias
         return tf.reshape(logits, tf.shape(members)) * sign
 
-    def rival(self, values: dict[int, tf.Tensor], student_class: tf.Tensor) -> tf.Tensor:
-        """How surely the reference takes each image for another class than the Student's.
+    def rivals(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
+        """How surely the reference takes each image for each class.
 
         Args:
             values: The unmasked tensors of a pass over the images.
-            student_class: Int tensor of shape `(batch,)`.
 
         Returns:
-            Float tensor of shape `(batch,)`: the largest margin of another class.
+            Float tensor of shape `(batch, classes)`.
         """
-        rows = tf.range(tf.shape(student_class)[0])[None]
+        rows = tf.range(tf.shape(values[self.needs[0]])[0])[None]
         features = self.masked_body(values, rows, tf.constant([self.reference]))
         kernel = tf.convert_to_tensor(self.rival_kernel)
         margins = tf.linalg.matmul(tf.cast(features, kernel.dtype), kernel)
-        margins += tf.convert_to_tensor(self.rival_bias)
-        own = tf.one_hot(student_class, self._classes, on_value=True, off_value=False)
-        return tf.reduce_max(tf.where(own, margins.dtype.min, margins), axis=1)
+        return margins + tf.convert_to_tensor(self.rival_bias)
 
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
         """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
@@ -291,6 +306,26 @@ class DifferentiatorBank(keras.layers.Layer):
         threshold = tf.gather(self._thresholds[name], member)
         tie = tf.gather(self._ties[name], member)
         return (score > threshold) | (tf.equal(score, threshold) & (index > tie))
+
+
+def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor) -> tf.Tensor:
+    """How sure the differentiators are that an image is what the Student says.
+
+    The members' mean margin, and the reference's margin of the Student's class less one and a half
+    times its largest margin of another class. An honest image of the class has about 3.5.
+
+    Args:
+        margins: Float tensor of shape `(batch, k)`, of the members.
+        rivals: Float tensor of shape `(batch, classes)`, of the reference.
+        student_class: Int tensor of shape `(batch,)`.
+
+    Returns:
+        Float tensor of shape `(batch,)`.
+    """
+    own = tf.one_hot(student_class, rivals.shape[1], on_value=True, off_value=False)
+    other = tf.reduce_max(tf.where(own, tf.float32.min, rivals), axis=1)
+    own_margin = tf.gather(rivals, student_class, batch_dims=1)
+    return tf.reduce_mean(margins, axis=1) + own_margin - _OTHER * other
 
 
 class _Layout:

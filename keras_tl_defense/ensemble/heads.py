@@ -3,6 +3,9 @@
 A head has thousands of features and some tens or hundreds of images, so the regression is solved in
 the span of its images, for many bodies at once. Its strength is chosen on held-out images: for a
 ridge regression the answer to each image by the head trained on all others is known in closed form.
+
+Reference:
+    Rifkin and Lippert, "Notes on Regularized Least Squares", MIT CSAIL technical report 2007-025.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 _STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of an image
+_EIGEN_ROWS = 800  # of more images, some choose the strength and one system is solved for all
 
 
 class Heads(NamedTuple):
@@ -62,30 +66,16 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
     mean = tf.linalg.matmul(weight[:, None], features)
     level = np.einsum("bn,bnh->bh", weight, target)[:, None]
     centred = (features - mean) * root
-    energy, basis = np.linalg.eigh(tf.linalg.matmul(centred, centred, transpose_b=True).numpy())
-    energy = np.maximum(energy, 0)
-    images = 1 / np.sum(weight**2, axis=1, keepdims=True)
-    scale = np.maximum(energy.sum(axis=1, keepdims=True), 1e-12) / images
-    share = np.einsum("bnr,bnh->brh", basis, (target - level) * root)
-    best: tuple[np.ndarray, ...] = ()
-    for strength in _STRENGTHS:
-        shrink = energy / (energy + strength * scale)
-        leverage = np.einsum("bnr,br->bn", basis**2, shrink) + weight
-        residual = np.einsum("bnr,brh->bnh", basis, (1 - shrink)[..., None] * share)
-        held_out = residual / np.maximum(1 - leverage, 1e-4)[..., None]  # times the root
-        error = np.sum(held_out**2, axis=(1, 2))
-        dual = np.einsum("bnr,brh->bnh", basis, share / (energy + strength * scale)[..., None])
-        margins = target - held_out / np.maximum(root, 1e-12)
-        found = (error, np.full(len(error), strength), dual, margins)
-        if best:
-            better = error < best[0]
-            choose = [better.reshape(-1, *[1] * (array.ndim - 1)) for array in found]
-            best = tuple(
-                np.where(c, new, old) for c, new, old in zip(choose, found, best, strict=True)
-            )
-        else:
-            best = found
-    _, chosen, dual, margins = best
+    gram = tf.linalg.matmul(centred, centred, transpose_b=True).numpy()
+    images = 1 / np.sum(weight**2, axis=1)
+    scale = np.maximum(np.trace(gram, axis1=1, axis2=2), 1e-12) / images
+    if features.shape[1] > _EIGEN_ROWS:
+        some = np.linspace(0, features.shape[1] - 1, _EIGEN_ROWS).astype(int)
+        strength = fit_heads(features[:, some], positive[:, some], weight[:, some]).strength
+        dual, held_out = _solve(gram, strength * scale, (target - level) * root, weight)
+    else:
+        strength, dual, held_out = _choose(gram, scale, (target - level) * root, weight)
+    margins = target - held_out / np.maximum(root, 1e-12)
     kernel = tf.linalg.matmul(dual.astype(np.float32), centred, transpose_a=True).numpy()
     bias = level[:, 0] - tf.linalg.matmul(kernel, mean, transpose_b=True).numpy()[..., 0]
     high, low = (_mean(margins, weight[..., None] * group) for group in (positive, ~positive))
@@ -95,8 +85,54 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
         (kernel / half[..., None]).astype(np.float32),
         ((bias - middle) / half).astype(np.float32),
         ((margins - middle[:, None]) / half[:, None]).astype(np.float32),
-        chosen,
+        strength,
     )
+
+
+def _choose(
+    gram: np.ndarray, scale: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The strength with the least held-out error, for each body, and what `_solve` gives for it."""
+    energy, basis = np.linalg.eigh(gram)
+    energy = np.maximum(energy, 0)
+    share = np.einsum("bnr,bnh->brh", basis, target)
+    best: tuple[np.ndarray, ...] = ()
+    for strength in _STRENGTHS:
+        penalty = strength * scale[:, None]
+        shrink = energy / (energy + penalty)
+        leverage = np.einsum("bnr,br->bn", basis**2, shrink) + weight
+        residual = np.einsum("bnr,brh->bnh", basis, (1 - shrink)[..., None] * share)
+        held_out = residual / np.maximum(1 - leverage, 1e-4)[..., None]
+        error = np.sum(held_out**2, axis=(1, 2))
+        dual = np.einsum("bnr,brh->bnh", basis, share / (energy + penalty)[..., None])
+        found = (error, np.full(len(error), strength), dual, held_out)
+        if best:
+            better = error < best[0]
+            choose = [better.reshape(-1, *[1] * (array.ndim - 1)) for array in found]
+            best = tuple(
+                np.where(c, new, old) for c, new, old in zip(choose, found, best, strict=True)
+            )
+        else:
+            best = found
+    return best[1], best[2], best[3]
+
+
+def _solve(
+    gram: np.ndarray, penalty: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Dual coefficients, and what is left of the targets when an image is held out, both weighted.
+
+    Args:
+        gram: Array of shape `(bodies, rows, rows)`: products of the weighted, centred images.
+        penalty: Array of shape `(bodies,)`.
+        target: Array of shape `(bodies, rows, heads)`, centred and weighted.
+        weight: Array of shape `(bodies, rows)`.
+    """
+    penalty = penalty[:, None, None].astype(float)
+    inverse = np.linalg.inv(gram + penalty * np.eye(gram.shape[1]))
+    dual = inverse @ target
+    free = penalty[..., 0] * np.diagonal(inverse, axis1=1, axis2=2) - weight
+    return dual, penalty * dual / np.maximum(free, 1e-4)[..., None]
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -28,19 +28,13 @@ from keras_tl_defense.ensemble.arguments import (
     penultimate,
     serialize_preprocessing,
 )
-from keras_tl_defense.ensemble.bank import LEVELS, RIVAL, DifferentiatorBank
+from keras_tl_defense.ensemble.bank import DifferentiatorBank, input_score
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
+from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
-from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
-from keras_tl_defense.ensemble.training import (
-    HeadKind,
-    RowFeatures,
-    sample_classes,
-    train_heads,
-    train_rivals,
-)
+from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.blocks import find_blocks
@@ -50,10 +44,8 @@ from keras_tl_defense.serving import export_saved_model
 _ADAPTED, _FITTED = 1, 2
 _DECISIONS = ("count", "score")
 _UNFROZEN_RATIO = 0.5  # of unfrozen layers, which the search leaves aside
-_FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
 _LOWEST = float(np.finfo(np.float32).min)
-_BODY_BYTES = 64 << 20  # for one tensor of the rows that are computed at once, in training
-_ANSWER_BYTES = 256 << 20  # the same, in prediction
+_ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at once
 
 
 @register
@@ -379,83 +371,24 @@ class DifferentiatorEnsemble(keras.Model):
             self._batches(x, y, batch_size, labelled=True), images_per_class, rng
         )
         self._set_stage(_ADAPTED)
-        features = self._rows_function(self._bank.body_features)
-        rows_at_once = self._bank.rows_at_once(_BODY_BYTES)
-        members = np.arange(len(self.pairs))
-        loss, accuracy = np.zeros((2, len(members)))
         history = keras.callbacks.History()
-        history.history = {"loss": [], "accuracy": []}
-        trainer = None
-        if self._bank.top is not None:
-            trainer = TopTrainer(
-                self._bank.top,
+        history.history = fit_differentiators(
+            self._bank,
+            sample,
+            self.head,
+            self.preprocessing,
+            Tuning(
                 self._optimizer_config or keras.optimizers.serialize(keras.optimizers.get("adam")),
-                outputs=1 if self.head == "pair" else 2,
-                iterations=self.iterations,
-                epochs=epochs,
-                batch_size=batch_size,
-            )
-        for level in range(len(LEVELS)):
-            self._bank.set_level(members, level)
-            bar = keras.utils.Progbar(
-                len(members) * (2 if trainer else 1),
-                verbose=0 if verbose == 0 else 1,
-                unit_name="differentiator",
-            )
-            if trainer is not None:
-                tops = tune_tops(
-                    self._rows_function(self._bank.masked_body),
-                    sample,
-                    members,
-                    self.pairs[members],
-                    self.head,
-                    trainer,
-                    rng=rng,
-                    progress=bar.add,
-                )
-                self._bank.set_tops(members, *tops)
-            heads = train_heads(
-                features,
-                sample,
-                members,
-                self.pairs[members],
-                self._bank.features,
-                self.head,
-                rows_at_once=rows_at_once,
-                rng=rng,
-                progress=bar.add,
-            )
-            self._bank.set_heads(members, heads.kernel, heads.bias)
-            loss[members], accuracy[members] = heads.loss, heads.accuracy
-            history.history["loss"].append(float(loss.mean()))
-            history.history["accuracy"].append(float(accuracy.mean()))
-            members = np.flatnonzero(accuracy < _FLOOR)
-            if not len(members) or not self._bank.blocks:
-                break
-        body = self._rows_function(self._bank.masked_body)
-        rivals = train_rivals(body, sample, self._bank.reference, rows_at_once)
-        self._bank.set_rivals(*rivals)
+                self.iterations,
+                epochs,
+                batch_size,
+            ),
+            rng=rng,
+            verbose=verbose,
+        )
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
         return history
-
-    def _rows_function(self, body: Any) -> RowFeatures:
-        """Compile what computes rows of images under masks, from images."""
-
-        @tf.function(
-            input_signature=[
-                self._image_spec(),
-                tf.TensorSpec((None, None), tf.int32),
-                tf.TensorSpec((None,), tf.int32),
-            ]
-        )
-        def compute(images: tf.Tensor, rows: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
-            values = self._graph.run(self._preprocess(images), self._bank.needs)
-            return body(values, rows, members)
-
-        return lambda images, rows, members: compute(
-            images.astype(np.float32), rows.astype(np.int32), members.astype(np.int32)
-        )
 
     def calibrate(
         self,
@@ -523,8 +456,7 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
         disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
         disagreements = tf.where(finite, disagreements, self.ensemble_size)
-        score = tf.reduce_mean(margins, axis=1)
-        score -= RIVAL * self._bank.rival(values, student_class)
+        score = input_score(margins, self._bank.rivals(values), student_class)
         finite &= tf.math.is_finite(score)
         score = tf.where(finite, score, _LOWEST)
         calibration = tf.convert_to_tensor(self._calibration)
@@ -574,8 +506,8 @@ class DifferentiatorEnsemble(keras.Model):
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
             `score`, the members' mean margin (1 is usual for an honest image of the Student's
-            class, -1 for one of another class), less half the largest margin that a pruned
-            reference body gives another class;
+            class, -1 for one of another class), plus the margin that a pruned reference body gives
+            the Student's class, less one and a half times the largest that it gives another class;
             `members`, `(n, ensemble_size)`, rows of `pairs`.
         """
         return self._explain(self._batches(x, None, batch_size), verbose)[0]

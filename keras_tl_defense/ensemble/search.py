@@ -16,15 +16,16 @@ import pandas as pd
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.attacks import MimicryAttack, plan_attacks
 from keras_tl_defense.data import Batches
-from keras_tl_defense.ensemble.bank import RIVAL
+from keras_tl_defense.ensemble.bank import input_score
+from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.heads import fit_heads
-from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.training import ClassImages, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Auroc
-from keras_tl_defense.pruning.blocks import Block, find_blocks
+from keras_tl_defense.pruning.blocks import Block, channel_sources, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
 _IMAGES = 1500  # about as many are searched on; at least eight of each class
@@ -36,7 +37,6 @@ _GRID = (0.0, 0.5, 0.7, 0.85, 0.92)
 _RETENTIONS = (0.9, 0.95, 0.99)
 _MOST_FEATURES = 16384
 _MOST_LAYERS = 4  # that are tried for the heads
-_ROW_BYTES = 64 << 20
 _GOAL = 0.1  # of crafted images accepted; more is a warning
 
 
@@ -214,7 +214,16 @@ class _Trial:
         self._blocks = {block.name: block for block in _prunable(graph, self._cut)}
         self._attacks: list[tuple[np.ndarray, np.ndarray, int]] = []
         self._honest = self._answered_held_out()
-        self._means: dict[str, np.ndarray] = {}
+        self._activations = ClassActivations(student, list(self._blocks), cut=cut)
+        batches = Batches(
+            self._images,
+            self._labels,
+            shape=graph.input_shape,
+            classes=len(sample.counts),
+            batch_size=32,
+            pixels=True,
+        )
+        self._activations.adapt_batches(batches, preprocessing=preprocessing, verbose=0)
         self.cost = 0.0
 
     def layer_name(self, tensor: int) -> str:
@@ -282,56 +291,50 @@ class _Trial:
     ) -> tuple[float, float, float, tuple[float, ...]]:
         """Acceptance, AUROC, accuracy of the heads, and acceptance at `_RETENTIONS`."""
         blocks = [self._blocks[name] for name in self.names(tensor) if ratios.get(name)]
-        body = _Body(self._graph, tensor, blocks, self._preprocessing)
+        body = CompactBody(self._graph, tensor, blocks, self._preprocessing)
+        loaded = body.load(self._images)
+        loaded_attacks = [body.load(images) for images, _, _ in self._attacks]
         classes = np.arange(self._labels.max() + 1)
         fit = ~self._held_out
         weight = 1 / np.bincount(self._labels[fit])[self._labels[fit]]
         positive = self._labels[fit][:, None] == classes
         right = self._held_out & self._honest
         known, honest = self._labels[fit], self._labels[right]
-        left_out, held_out, accuracy = np.zeros(len(known)), np.zeros(len(honest)), 0.0
-        crafted = [np.zeros(len(images)) for images, _, _ in self._attacks]
+        accuracy = 0.0
+        # Of each body, the margins of the images that heads are fitted on, held out, and crafted.
+        left_out: list[np.ndarray] = []
+        held_out: list[np.ndarray] = []
+        crafted: list[list[np.ndarray]] = [[] for _ in self._attacks]
         for number, pair in enumerate(self._pairs):
             mask = self._masks(blocks, ratios, pair, number)
-            features = body(self._images, mask)
+            features = body(loaded, mask)
             heads = fit_heads(features[None, fit], positive[None], weight[None])
             kernel, bias = heads.kernel[0].T, heads.bias[0]
-            margins = features[right] @ kernel + bias
-            accuracy += float(np.mean(margins.argmax(axis=1) == honest))
-            left_out += self._part(heads.margins[0], known, number)
-            held_out += self._part(margins, honest, number)
-            for index, (images, answered, _) in enumerate(self._attacks):
+            left_out.append(heads.margins[0])
+            held_out.append(features[right] @ kernel + bias)
+            accuracy += float(np.mean(held_out[-1].argmax(axis=1) == honest))
+            for margins, images in zip(crafted, loaded_attacks, strict=True):
                 if len(images):
-                    margins = body(images, mask) @ kernel + bias
-                    crafted[index] += self._part(margins, answered, number)
-        scores = np.concatenate([left_out[self._honest[fit]], held_out])
+                    margins.append(body(images, mask) @ kernel + bias)
+        scores = np.concatenate(
+            [_scores(left_out, known)[self._honest[fit]], _scores(held_out, honest)]
+        )
+        crafted_scores = [
+            _scores(margins, answered) if margins else np.zeros(0, np.float32)
+            for margins, (_, answered, _) in zip(crafted, self._attacks, strict=True)
+        ]
 
         def accepted(retention: float) -> float:
             threshold = np.quantile(scores, 1 - retention, method="lower")
             return max(
                 float(np.sum(values >= threshold)) / count
-                for values, (_, _, count) in zip(crafted, self._attacks, strict=True)
+                for values, (_, _, count) in zip(crafted_scores, self._attacks, strict=True)
             )
 
         at = tuple(accepted(retention) for retention in _RETENTIONS)
-        separation = [Auroc.of(scores, values).auroc for values in crafted if len(values)]
+        separation = [Auroc.of(scores, v).auroc for v in crafted_scores if len(v)]
         acceptance = accepted(self._retention)
         return acceptance, min(separation, default=1.0), accuracy / len(self._pairs), at
-
-    def _part(self, margins: np.ndarray, answered: np.ndarray, number: int) -> np.ndarray:
-        """What a body adds to the score: its share of the mean; the first is the reference, too.
-
-        Args:
-            margins: Float array of shape `(n, classes)`.
-            answered: Int array of shape `(n,)`: the classes answered.
-            number: Number of the body.
-        """
-        own = np.take_along_axis(margins, answered[:, None], axis=1)[:, 0] / len(self._pairs)
-        if number:
-            return own
-        others = margins.copy()
-        np.put_along_axis(others, answered[:, None], -np.inf, axis=1)
-        return np.asarray(own - RIVAL * others.max(axis=1))
 
     def _answered_held_out(self) -> np.ndarray:
         """Which images a Student that was not trained on them would answer rightly.
@@ -339,9 +342,7 @@ class _Trial:
         The Student itself knows its training images by heart, the hard ones too. So these answers
         are those of linear heads at the cut, each image left out in turn.
         """
-        features = _Body(self._graph, self._cut, [], self._preprocessing)(
-            self._images, np.zeros(0, bool)
-        )
+        features = self._unpruned(self._cut, self._images)
         positive = self._labels[:, None] == np.arange(self._labels.max() + 1)
         weight = 1 / positive.sum(axis=0)[self._labels]
         margins = fit_heads(features[None], positive[None], weight[None]).margins[0]
@@ -354,66 +355,28 @@ class _Trial:
         for block in blocks:
             position = list(self._blocks).index(block.name)
             rng = np.random.default_rng([self._noise_seed, number, position])
-            scores = self._class_means(block)[pair].max(axis=0)
+            scores = self._activations[block.name][pair].max(axis=0)
             noisy = scores * np.exp(self._jitter * rng.normal(size=len(scores)))
             masks.append(filter_masks(noisy[None], ratios[block.name])[0])
         return np.concatenate(masks) if masks else np.zeros(0, bool)
 
-    def _class_means(self, block: Block) -> np.ndarray:
-        if block.name not in self._means:
-            body = _Body(self._graph, block.tensor, [], self._preprocessing, means=True)
-            values = body(self._images, np.zeros(0, bool))
-            self._means[block.name] = np.stack(
-                [values[self._labels == c].mean(axis=0) for c in range(self._labels.max() + 1)]
-            )
-        return self._means[block.name]
-
     def _student_class(self, images: np.ndarray) -> np.ndarray:
-        body = _Body(self._graph, self._graph.output, [], self._preprocessing)
-        return np.asarray(body(images, np.zeros(0, bool)).argmax(axis=1))
+        return np.asarray(self._unpruned(self._graph.output, images).argmax(axis=1))
+
+    def _unpruned(self, tensor: int, images: np.ndarray) -> np.ndarray:
+        body = CompactBody(self._graph, tensor, [], self._preprocessing)
+        return body(body.load(images), np.zeros(0, bool))
 
 
-class _Body:
-    """The layers up to a tensor as a function of images and one mask, compiled once."""
+def _scores(margins: list[np.ndarray], answered: np.ndarray) -> np.ndarray:
+    """The score of images, each body taken for a member and the first for the reference, too.
 
-    def __init__(
-        self,
-        graph: ModelGraph,
-        tensor: int,
-        blocks: list[Block],
-        preprocessing: Any,
-        *,
-        means: bool = False,
-    ) -> None:
-        body = MaskedBody(graph, tensor, blocks)
-        self._size = int(np.clip(_ROW_BYTES // body.row_bytes, 1, 256))
-
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec((None, *graph.input_shape), tf.float32),
-                tf.TensorSpec((None,), tf.bool),
-            ]
-        )
-        def run(images: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-            inputs = images if preprocessing is None else preprocessing(images)
-            values = graph.run(inputs, [tensor])
-            if means:
-                out = tf.abs(values[tensor])
-                return tf.reduce_mean(out, axis=list(range(1, out.shape.rank - 1)))
-            rows = tf.range(tf.shape(images)[0])[None]
-            mask = tf.reshape(mask, (1, sum(block.units for block in blocks)))
-            return body(values, rows, tf.zeros(1, tf.int32), mask, _no_connections)
-
-        self._run = run
-
-    def __call__(self, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        starts = range(0, len(images), self._size)
-        parts = [images[start : start + self._size].astype(np.float32) for start in starts]
-        return np.concatenate([self._run(part, mask).numpy() for part in parts])
-
-
-def _no_connections(name: str, member: tf.Tensor) -> tf.Tensor:
-    raise AssertionError("the search prunes filters only")
+    Args:
+        margins: Of each body, a float array of shape `(n, classes)`.
+        answered: Int array of shape `(n,)`: the classes answered.
+    """
+    own = [np.take_along_axis(m, answered[:, None], axis=1)[:, 0] for m in margins]
+    return np.asarray(input_score(np.stack(own, axis=1), margins[0], answered))
 
 
 def _prunable(graph: ModelGraph, cut: int) -> list[Block]:
@@ -423,7 +386,7 @@ def _prunable(graph: ModelGraph, cut: int) -> list[Block]:
         if block.kind != "filters" or block.problem is not None:
             continue
         try:
-            MaskedBody(graph, cut, [block])
+            channel_sources(graph, [block], cut)
         except ValueError:
             continue
         found.append(block)

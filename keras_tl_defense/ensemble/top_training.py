@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.tops import Arrays, OwnTop
-from keras_tl_defense.ensemble.training import ClassImages, HeadKind, RowFeatures, choose_rows
+from keras_tl_defense.ensemble.training import ClassImages, HeadKind, MemberFeatures, choose_rows
 from keras_tl_defense.pruning.ratios import rising_ratio
 
 _RIDGE = 0.1  # of the mean squared length of a centred row
@@ -20,7 +20,7 @@ Observe = Callable[[np.ndarray], tuple[tf.Tensor, dict[str, tf.Tensor]]]
 
 
 def tune_tops(
-    row_values: RowFeatures,
+    cut_values: MemberFeatures,
     sample: ClassImages,
     members: np.ndarray,
     pairs: np.ndarray,
@@ -33,7 +33,7 @@ def tune_tops(
     """Prune and fine-tune the tops of differentiators on the images of their classes.
 
     Args:
-        row_values: Computes the values at the cut under the masks of differentiators, flattened.
+        cut_values: Computes the values at the cut under the masks of a differentiator, flattened.
         sample: Training images.
         members: Int array of shape `(bodies,)`: numbers of the differentiators.
         pairs: Int array of shape `(bodies, 2)`: their classes.
@@ -51,7 +51,7 @@ def tune_tops(
         used = rows.weight[number] > 0
         numbers, group = rows.numbers[number, used], rows.group[used]
         unique, index = np.unique(numbers, return_inverse=True)
-        values = row_values(sample.images[unique], index.reshape(1, -1), member[None]).numpy()
+        values = cut_values(sample.images[unique], int(member))[index]
         positive = rows.positive[number, used].astype(np.float32)
         weight = rows.weight[number, used] / rows.weight[number, used].mean()
         tops.append(

@@ -1,46 +1,34 @@
 """The unfrozen layers after the cut, of which every differentiator has its own.
 
-A ratio prunes an exact number of filters, so what is left of a layer has the same shape in every
-differentiator. Weights are therefore kept *compact*: gathered to the channels that stay. They run
-as they are, and one traced graph trains one differentiator after the other.
+Their weights are kept *compact*: gathered to the channels that stay. They run as they are, and one
+traced graph trains one differentiator after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras
-from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import (
-    Block,
-    find_blocks,
-    follow_channels,
-    number_filters,
-    treats_channels_alike,
+from keras_tl_defense.ensemble.compact import (
+    Arrays,
+    Channels,
+    CompactLayers,
+    obstacle,
+    steps_between,
 )
+from keras_tl_defense.graph import ModelGraph
+from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import connection_thresholds, filter_masks, pruned_count
 
-_layers = keras.layers
-_OWNABLE = (
-    _layers.Conv1D,
-    _layers.Conv2D,
-    _layers.DepthwiseConv2D,
-    _layers.Dense,
-    _layers.BatchNormalization,
-)
 _TINY = np.finfo(np.float32).tiny
-
-Arrays = dict[str, np.ndarray]
 
 
 def own_blocks(graph: ModelGraph, cut: int, end: int) -> list[Block]:
     """The unfrozen prunable layers between two tensors, in the order in which they run."""
-    inside = {step.name for step in _steps_between(graph, cut, end) if not step.frozen}
+    inside = {step.name for step in steps_between(graph, cut, end) if not step.frozen}
     return [block for block in find_blocks(graph, before=end) if block.name in inside]
 
 
@@ -76,17 +64,11 @@ class OwnTop:
     """
 
     def __init__(self, graph: ModelGraph, cut: int, end: int, ratios: Mapping[str, float]) -> None:
+        _check_ownable(graph, cut, end)
         self._graph = graph
-        self._cut = cut
         self._end = end
-        self._steps = _steps_between(graph, cut, end)
         self.cut_shape = graph.shapes[cut][1:]
         self.features = _feature_count(graph, end)
-        self._weights: dict[str, _Weight] = {}
-        for step in self._steps:
-            if not step.frozen:
-                self._weights.update(_own_weights(graph, step))
-        self._owned = {weight.layer for weight in self._weights.values()}
         prunable = own_blocks(graph, cut, end)
         _check_ratios(ratios, [block.name for block in prunable])
         self.ratios = dict(ratios)
@@ -95,15 +77,10 @@ class OwnTop:
         self.pruned_kernels = {
             f"{block.name}/kernel": block for block in self.blocks if block.kind == "connections"
         }
-        numbers = number_filters(self._filters)
-        self._numbers = {b.name: n for b, n in zip(self._filters, numbers, strict=True)}
-        self._filter_count = sum(block.units for block in self._filters)
-        starts = {block.step.outputs[0]: n for block, n in zip(self._filters, numbers, strict=True)}
-        # A channel of no pruned layer counts as one more filter, which always stays.
-        self._sources = {
-            tensor: np.where(source < 0, self._filter_count, source)
-            for tensor, source in follow_channels(graph, starts, end).items()
-        }
+        self._layers = CompactLayers(
+            graph, cut, end, self._filters, gathered=lambda step: not step.frozen
+        )
+        self._weights = self._layers.weights
 
     def kept_counts(self, ratios: Mapping[str, float] | None = None) -> dict[str, int]:
         """How many filters stay in each pruned convolution.
@@ -127,7 +104,7 @@ class OwnTop:
         for name, weight in self._weights.items():
             shape = list(weight.variable.shape)
             for axis, tensor in weight.channels.items():
-                if tensor in self._sources:
+                if tensor in self._layers.sources:
                     shape[axis] = len(self.channels(tensor, kept))
             shapes[name] = tuple(shape)
         return shapes
@@ -171,7 +148,7 @@ class OwnTop:
         narrowed = {}
         for name, array in weights.items():
             for axis, tensor in self._weights[name].channels.items():
-                if tensor in self._sources:
+                if tensor in self._layers.sources:
                     channels = self.channels(tensor, kept)
                     places = np.searchsorted(channels, self.channels(tensor, fewer))
                     array = np.take(array, places, axis)
@@ -180,13 +157,7 @@ class OwnTop:
 
     def channels(self, tensor: int, kept: Arrays) -> np.ndarray:
         """Numbers of the channels of a tensor that stay when these filters are kept."""
-        if tensor not in self._sources:
-            return np.arange(int(self._graph.shapes[tensor][-1] or 0))
-        stays = np.zeros(self._filter_count + 1, bool)
-        stays[-1] = True
-        for name, filters in kept.items():
-            stays[self._numbers[name][filters]] = True
-        return np.flatnonzero(stays[self._sources[tensor]])
+        return self._layers.channels(tensor, kept)
 
     def run(
         self, cut_values: tf.Tensor, weights: Mapping[str, Any], kept: Mapping[str, Any]
@@ -201,8 +172,8 @@ class OwnTop:
         Returns:
             Float32 tensor of shape `(n, features)`.
         """
-        channels = _Channels(self, kept)
-        return self._features(self._forward(cut_values, weights, channels), channels)
+        channels = Channels(self._layers, kept)
+        return self._features(self._layers.forward(cut_values, weights, channels), channels)
 
     def observe(
         self, cut_values: tf.Tensor, weights: Mapping[str, Any], kept: Mapping[str, Any]
@@ -214,8 +185,8 @@ class OwnTop:
             |activation| of its units over their positions, of shape `(n, units)`: filters at the
             end of their block, or a Dense layer's inputs; 0 for what is removed.
         """
-        channels = _Channels(self, kept)
-        values = self._forward(cut_values, weights, channels)
+        channels = Channels(self._layers, kept)
+        values = self._layers.forward(cut_values, weights, channels)
         activity = {}
         for block in self.blocks:
             units = channels.widen(tf.abs(values[block.tensor]), block.tensor)
@@ -303,23 +274,7 @@ class OwnTop:
             weights[name] = np.where(stays[inputs], kernel, 0)
         return weights, fewer
 
-    def _forward(
-        self, cut_values: tf.Tensor, weights: Mapping[str, Any], channels: _Channels
-    ) -> dict[int, tf.Tensor]:
-        """Every tensor after the cut, compact."""
-        values = {self._cut: cut_values}
-        for step in self._steps:
-            if step.name in self._owned:
-                values[step.outputs[0]] = _run_owned(step, values, weights, channels)
-            elif treats_channels_alike(step.layer):
-                values.update(zip(step.outputs, step(values), strict=True))
-            else:
-                full = {t: channels.widen(values[t], t) for t in step.inputs}
-                for tensor, value in zip(step.outputs, step(full), strict=True):
-                    values[tensor] = channels.narrow(value, tensor)
-        return values
-
-    def _features(self, values: dict[int, tf.Tensor], channels: _Channels) -> tf.Tensor:
+    def _features(self, values: dict[int, tf.Tensor], channels: Channels) -> tf.Tensor:
         features = channels.widen(values[self._end], self._end)
         return tf.cast(tf.reshape(features, (-1, self.features)), tf.float32)
 
@@ -327,152 +282,15 @@ class OwnTop:
         return {block.name: np.arange(block.units, dtype=np.int32) for block in self._filters}
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A weight that differentiators own.
-
-    Attributes:
-        layer: Name of the layer's step.
-        variable: The Student's weight.
-        channels: For each axis along which channels lie, the tensor whose channels they are.
-    """
-
-    layer: str
-    variable: Any
-    channels: dict[int, int]
-
-
-class _Channels:
-    """Which channels of each tensor stay, inside a TensorFlow graph."""
-
-    def __init__(self, top: OwnTop, kept: Mapping[str, Any]) -> None:
-        self._top = top
-        self._first = {name: np.arange(filters.shape[0]) for name, filters in kept.items()}
-        numbers = [tf.constant([top._filter_count])]
-        for name, filters in kept.items():
-            numbers.append(tf.cast(filters, tf.int32) + int(top._numbers[name][0]))
-        index = tf.concat(numbers, axis=0)
-        self._stays = tf.scatter_nd(
-            index[:, None], tf.ones_like(index, tf.bool), [top._filter_count + 1]
-        )
-
-    def narrow(self, x: tf.Tensor, tensor: int) -> tf.Tensor:
-        """Gather the channels of `tensor` that stay, along the last axis of `x`."""
-        if tensor not in self._top._sources:
-            return x
-        index = tf.where(tf.gather(self._stays, self._top._sources[tensor]))[:, 0]
-        index = tf.ensure_shape(index, [len(self._top.channels(tensor, self._first))])
-        return tf.gather(x, index, axis=-1)
-
-    def widen(self, x: tf.Tensor, tensor: int) -> tf.Tensor:
-        """Put zeros where channels of `tensor` were removed, along the last axis of `x`."""
-        if tensor not in self._top._sources:
-            return x
-        stays = tf.gather(self._stays, self._top._sources[tensor])
-        place = tf.maximum(tf.cumsum(tf.cast(stays, tf.int32)) - 1, 0)
-        return tf.where(stays, tf.gather(x, place, axis=-1), tf.zeros((), x.dtype))
-
-
-def _run_owned(
-    step: Step, values: dict[int, tf.Tensor], weights: Mapping[str, Any], channels: _Channels
-) -> tf.Tensor:
-    """The output of an owned layer, in inference mode."""
-    layer = step.layer
-    own = {
-        part: tf.convert_to_tensor(weights[f"{step.name}/{part}"])
-        for part in ("kernel", "bias", "gamma", "beta")
-        if f"{step.name}/{part}" in weights
-    }
-    x = tf.cast(values[step.inputs[0]], tf.float32)
-    if isinstance(layer, _layers.BatchNormalization):
-        mean, variance = (
-            channels.narrow(tf.convert_to_tensor(statistic), step.outputs[0])
-            for statistic in (layer.moving_mean, layer.moving_variance)
-        )
-        return tf.nn.batch_normalization(
-            x, mean, variance, own.get("beta"), own.get("gamma"), layer.epsilon
-        )
-    if isinstance(layer, _layers.Dense):
-        x = tf.linalg.matmul(x, own["kernel"])
-    elif isinstance(layer, _layers.DepthwiseConv2D):
-        x = tf.nn.depthwise_conv2d(
-            x,
-            own["kernel"],
-            (1, *layer.strides, 1),
-            layer.padding.upper(),
-            dilations=layer.dilation_rate,
-        )
-    else:
-        padding = layer.padding.upper()
-        if padding == "CAUSAL":
-            before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-            x, padding = tf.pad(x, [[0, 0], [before, 0], [0, 0]]), "VALID"
-        x = tf.nn.convolution(
-            x, own["kernel"], layer.strides, padding, dilations=layer.dilation_rate
-        )
-    if "bias" in own:
-        x += own["bias"]
-    return layer.activation(x)
-
-
-def _steps_between(graph: ModelGraph, cut: int, end: int) -> list[Step]:
-    """The steps that `end` depends on and that depend on `cut`."""
-    reached, steps = {cut}, []
-    for index in graph.ancestors(end):
-        step = graph.steps[index]
-        if reached.isdisjoint(step.inputs):
-            continue
-        if not reached.issuperset(step.inputs):
+def _check_ownable(graph: ModelGraph, cut: int, end: int) -> None:
+    for step in steps_between(graph, cut, end):
+        problem = None if step.frozen else obstacle(graph, step)
+        if problem is not None:
             raise ValueError(
-                f"The layer {step.name!r} after the cut also takes a tensor that does not pass "
-                f"through it. Cut the {graph.role} with `cut=` at a layer that everything passes "
-                f"through. Received: layer={step.name!r}"
+                f"The unfrozen layer {step.name!r} {problem}, and differentiators cannot have "
+                'their own of it. Give `tune="head"`, which leaves the layers after the cut aside, '
+                f"or cut the {graph.role} after it with `cut=`. Received: layer={step.name!r}"
             )
-        steps.append(step)
-        reached.update(step.outputs)
-    return steps
-
-
-def _own_weights(graph: ModelGraph, step: Step) -> dict[str, _Weight]:
-    """The weights of an unfrozen layer, by `"layer/kernel"` and the like."""
-    obstacle = _obstacle(graph, step)
-    if obstacle is not None:
-        raise ValueError(
-            f"The unfrozen layer {step.name!r} {obstacle}, and differentiators cannot have their "
-            'own of it. Give `tune="head"`, which leaves the layers after the cut aside, or cut '
-            f"the {graph.role} after it with `cut=`. Received: layer={step.name!r}"
-        )
-    layer, before, after = step.layer, step.inputs[0], step.outputs[0]
-    depthwise = isinstance(layer, _layers.DepthwiseConv2D)
-    parts = {part: getattr(layer, part, None) for part in ("kernel", "bias", "gamma", "beta")}
-    if hasattr(layer, "depthwise_kernel"):  # the legacy Keras's name
-        parts["kernel"] = layer.depthwise_kernel
-    channels = {part: {-1: after} for part in parts}
-    channels["kernel"] = {-2: before} if depthwise else {-2: before, -1: after}
-    return {
-        f"{step.name}/{part}": _Weight(step.name, variable, channels[part])
-        for part, variable in parts.items()
-        if variable is not None
-    }
-
-
-def _obstacle(graph: ModelGraph, step: Step) -> str | None:
-    """Why differentiators cannot own a layer, as the rest of a sentence that begins with it."""
-    layer = step.layer
-    uses = sum(other.layer is layer for other in graph.steps)
-    if type(layer) not in _OWNABLE:
-        return f"is a {type(layer).__name__}"
-    if uses > 1:
-        return f"is used {uses} times"
-    if getattr(layer, "data_format", "channels_last") != "channels_last":
-        return "has its channels first"
-    if getattr(layer, "groups", 1) > 1:
-        return f"convolves in {layer.groups} groups"
-    if isinstance(layer, _layers.BatchNormalization):
-        rank = len(graph.shapes[step.outputs[0]])
-        if [axis % rank for axis in np.ravel(layer.axis)] != [rank - 1]:
-            return "does not normalise the last axis"
-    return None
 
 
 def _feature_count(graph: ModelGraph, end: int) -> int:

@@ -8,17 +8,17 @@ from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from keras_tl_defense.data import Batches, check_every_class
 from keras_tl_defense.ensemble.heads import fit_heads
 
 HeadKind = Literal["pair", "one_vs_rest"]
-RowFeatures = Callable[[np.ndarray, np.ndarray, np.ndarray], tf.Tensor]
-"""Maps images, rows `(groups, n)` and members `(groups,)` to features `(groups * n, features)`."""
+MemberFeatures = Callable[[np.ndarray, int], np.ndarray]
+"""Maps images and the number of a differentiator to features `(images, features)`."""
 
 _CHUNK_BYTES = 256 << 20
-_REFERENCE_ROWS = 1500
+_REFERENCE_ROWS = 4000
+_REFERENCE_BYTES = 512 << 20
 _OTHERS = 128  # images of other classes for each differentiator
 
 
@@ -137,27 +137,25 @@ def choose_rows(
 
 
 def train_heads(
-    row_features: RowFeatures,
+    member_features: MemberFeatures,
     sample: ClassImages,
     members: np.ndarray,
     pairs: np.ndarray,
     width: int,
     head: HeadKind,
     *,
-    rows_at_once: int,
     rng: np.random.Generator,
     progress: Callable[[int], None],
 ) -> FittedHeads:
     """Fit the heads of differentiators on the images of their classes.
 
     Args:
-        row_features: Computes features under the masks of differentiators.
+        member_features: Computes features under the masks of a differentiator.
         sample: Training images.
         members: Int array of shape `(bodies,)`: numbers of the differentiators.
         pairs: Int array of shape `(bodies, 2)`: their classes.
         width: Number of features.
         head: `"pair"` or `"one_vs_rest"`.
-        rows_at_once: Rows that `row_features` may be given in one call.
         rng: Chooses the images of other classes.
         progress: Called with the number of differentiators that are done since the last call.
     """
@@ -165,23 +163,15 @@ def train_heads(
     count = rows.numbers.shape[1]
     chunk = max(1, min(len(members), _CHUNK_BYTES // (4 * count * width)))
     features = np.zeros((chunk, count, width), np.float32)
-    groups = max(1, rows_at_once // count)
     parts: list[FittedHeads] = []
     for start in range(0, len(members), chunk):
         done = slice(start, start + chunk)
-        numbers = rows.numbers[done]
-        for first in range(0, len(numbers), groups):
-            part = slice(first, first + groups)
-            for column in range(0, count, rows_at_once):
-                columns = slice(column, column + rows_at_once)
-                unique, index = np.unique(numbers[part, columns], return_inverse=True)
-                index = index.reshape(numbers[part, columns].shape)
-                computed = row_features(sample.images[unique], index, members[done][part])
-                computed = computed.numpy().reshape(*index.shape, width)
-                features[part, columns][: len(index)] = computed
-            progress(len(numbers[part]))
+        for place, member in enumerate(members[done]):
+            unique, index = np.unique(rows.numbers[start + place], return_inverse=True)
+            features[place] = member_features(sample.images[unique], int(member))[index]
+            progress(1)
         weight, positive = rows.weight[done], rows.positive[done]
-        heads = fit_heads(features[: len(numbers)], positive, weight)
+        heads = fit_heads(features[: len(weight)], positive, weight)
         right = (heads.margins > 0) == positive
         error = (heads.margins - np.where(positive, 1, -1)) ** 2
         parts.append(
@@ -196,31 +186,28 @@ def train_heads(
 
 
 def train_rivals(
-    row_features: RowFeatures, sample: ClassImages, reference: int, rows_at_once: int
+    member_features: MemberFeatures, sample: ClassImages, reference: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a head for each class on the features of one body.
 
     Args:
-        row_features: Computes features under the masks of differentiators.
-        sample: Training images, of which at most some 1500 are used.
+        member_features: Computes features under the masks of a body.
+        sample: Training images, of which some 4000 are used, or as many as memory allows.
         reference: Number of the body.
-        rows_at_once: Rows that `row_features` may be given in one call.
+        width: Number of features.
 
     Returns:
         Kernel of shape `(features, classes)` and bias of shape `(classes,)`.
     """
     classes = np.arange(len(sample.counts))
-    counts = np.minimum(sample.counts, max(2, _REFERENCE_ROWS // len(classes)))
+    most = min(_REFERENCE_ROWS, _REFERENCE_BYTES // (4 * width))
+    counts = np.minimum(sample.counts, max(2, most // len(classes)))
     starts = np.cumsum(sample.counts) - sample.counts
     numbers = np.concatenate([s + np.arange(c) for s, c in zip(starts, counts, strict=True)])
     labels = np.repeat(classes, counts)
-    parts = []
-    for start in range(0, len(numbers), rows_at_once):
-        images = sample.images[numbers[start : start + rows_at_once]]
-        rows = np.arange(len(images))[None]
-        parts.append(row_features(images, rows, np.array([reference])).numpy())
+    features = member_features(sample.images[numbers], reference)
     positive = labels[:, None] == classes
-    heads = fit_heads(np.concatenate(parts)[None], positive[None], (1 / counts)[labels][None])
+    heads = fit_heads(features[None], positive[None], (1 / counts)[labels][None])
     return heads.kernel[0].T, heads.bias[0]
 
 

@@ -1,0 +1,94 @@
+"""Fit the differentiators of a bank: their own layers where they have them, then their heads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble.bank import LEVELS, DifferentiatorBank
+from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
+from keras_tl_defense.ensemble.training import ClassImages, HeadKind, train_heads, train_rivals
+
+_FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
+
+
+class Tuning(NamedTuple):
+    """How the differentiators' own layers are trained; see `TopTrainer`."""
+
+    optimizer: Any
+    iterations: int
+    epochs: int
+    batch_size: int
+
+
+def fit_differentiators(
+    bank: DifferentiatorBank,
+    sample: ClassImages,
+    head: HeadKind,
+    preprocessing: Any,
+    tuning: Tuning,
+    *,
+    rng: np.random.Generator,
+    verbose: int | str,
+) -> dict[str, list[float]]:
+    """Fit every differentiator, those again that the ratios left too little.
+
+    Args:
+        bank: The differentiators, with their masks; takes the heads.
+        sample: Training images.
+        head: `"pair"` or `"one_vs_rest"`.
+        preprocessing: Callable from the images to what the Student takes, or `None`.
+        tuning: For differentiators with layers of their own.
+        rng: Chooses images, and shuffles.
+        verbose: 0 shows no progress bar.
+
+    Returns:
+        `loss` and `accuracy` after each level of pruning that was needed: means over all
+        differentiators.
+    """
+    body = bank.compact_body(preprocessing)
+    sample = sample._replace(images=body.load(sample.images))
+    trainer = top = None
+    if bank.top is not None:
+        trainer = TopTrainer(bank.top, outputs=1 if head == "pair" else 2, **tuning._asdict())
+        top = tf.function(
+            bank.own_features,
+            input_signature=[tf.TensorSpec((None, None)), tf.TensorSpec((), "int32")],
+        )
+
+    def body_values(images: np.ndarray, member: int) -> np.ndarray:
+        return body(images, bank.filter_mask(member), member)
+
+    def features(images: np.ndarray, member: int) -> np.ndarray:
+        values = body_values(images, member)
+        return values if top is None else top(values, member).numpy()
+
+    members = np.arange(len(bank.pairs))
+    loss, accuracy = np.zeros((2, len(members)))
+    history: dict[str, list[float]] = {"loss": [], "accuracy": []}
+    for level in range(len(LEVELS)):
+        bank.set_level(members, level)
+        bar = keras.utils.Progbar(
+            len(members) * (2 if trainer else 1),
+            verbose=0 if verbose == 0 else 1,
+            unit_name="differentiator",
+        )
+        options: dict[str, Any] = {"rng": rng, "progress": bar.add}
+        pairs = bank.pairs[members]
+        if trainer is not None:
+            tops = tune_tops(body_values, sample, members, pairs, head, trainer, **options)
+            bank.set_tops(members, *tops)
+        heads = train_heads(features, sample, members, pairs, bank.features, head, **options)
+        bank.set_heads(members, heads.kernel, heads.bias)
+        loss[members], accuracy[members] = heads.loss, heads.accuracy
+        history["loss"].append(float(loss.mean()))
+        history["accuracy"].append(float(accuracy.mean()))
+        members = np.flatnonzero(accuracy < _FLOOR)
+        if not len(members) or not bank.blocks:
+            break
+    width = bank.rival_kernel.shape[0]
+    bank.set_rivals(*train_rivals(body_values, sample, bank.reference, width))
+    return history
