@@ -39,8 +39,6 @@ def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
     for label, ratios in UNIFORM.items():
         for head in HEADS:
             found.append((f"{label}, {head}", {"ratios": ratios, "head": head, "jitter": 0}))
-    found.append(("first 0.85, one_vs_rest, jitter", {"ratios": UNIFORM["first 0.85"]}))
-    found.append(("auto, heads at the cut", {"head_layer": CASES[name][1]}))
     found += [(f"auto, {head}", {"head": head}) for head in HEADS]
     if name == "gtsrb-mid":
         ratios = {"conv1*": 0.85, "conv3*": 0.5, "fc": 0.5}
