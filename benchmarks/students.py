@@ -135,9 +135,10 @@ def load_attacks(
     part: str = "test",
     budget: float | None = None,
     steps: int = 600,
+    layer: str | None = None,
     verbose: int | str = 0,
 ) -> dict[str, AttackResult]:
-    """Read or craft targeted and non-targeted mimicry at the Student's cut.
+    """Read or craft targeted and non-targeted mimicry.
 
     Args:
         case: The Student.
@@ -146,17 +147,20 @@ def load_attacks(
         part: Whose images are attacked, `"test"` or `"val"`.
         budget: DSSIM budget; the case's by default.
         steps: Steps of each attack.
+        layer: Name of the Teacher's layer that is imitated; the cut by default.
         verbose: 0 shows no progress bar.
     """
     budget = case.budget if budget is None else budget
+    layer = layer or case.cut
     x, y = (case.x_test, case.y_test) if part == "test" else (case.x_val, case.y_val)
     attack = ktd.attacks.MimicryAttack(
-        case.teacher, case.cut, budget=budget, steps=steps, preprocessing=case.preprocessing
+        case.teacher, layer, budget=budget, steps=steps, preprocessing=case.preprocessing
     )
     results = {}
     plan = None
     for kind in ("targeted", "non-targeted"):
-        path = cache / f"{case.name}-{part}-{kind}-{count}-{budget:g}-{steps}.npz"
+        place = "" if layer == case.cut else f"-{layer}"
+        path = cache / f"{case.name}-{part}-{kind}-{count}-{budget:g}-{steps}{place}.npz"
         if not path.exists():
             plan = plan or ktd.attacks.plan_attacks(y, case.student_class(x), count, seed=1)
             source, y_source = x[plan.sources], y[plan.sources]

@@ -105,7 +105,8 @@ class DifferentiatorEnsemble(keras.Model):
         ratios: Ratio of each layer that is pruned, or `"auto"` before `adapt`.
         head_layer: Name of the layer that the heads read.
         cut: Name of the last frozen layer.
-        search_history: DataFrame, what the search measured; `None` where nothing was searched.
+        search_history: DataFrame, what the search measured; `None` where nothing was searched, and
+            after loading.
 
     Raises:
         TypeError: An argument has a wrong type.
@@ -342,7 +343,8 @@ class DifferentiatorEnsemble(keras.Model):
         A head is a ridge regression in closed form on the images of its classes and, with
         `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
-        rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
+        rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios. The
+        reference, one more pruned body, gets a head for each class, fitted on some 4000 images.
 
         Args:
             x: Training images, as for `adapt`.

@@ -286,6 +286,11 @@ class _Trial:
         crafted = sum(len(images) for images, _, _ in self._attacks)
         self.cost = len(self._pairs) * (len(self._images) + crafted) / self._seen
 
+    @property
+    def attack_success(self) -> float:
+        """Share of the crafted images that mislead the Student, of the attack that does best."""
+        return max(len(images) / count for images, _, count in self._attacks)
+
     def measure(
         self, tensor: int, ratios: dict[str, float]
     ) -> tuple[float, float, float, tuple[float, ...]]:
@@ -410,7 +415,7 @@ def _hold_out(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _warn(best: _Candidate, trial: _Trial, retention: float) -> None:
-    successes = max(len(images) / count for images, _, count in trial._attacks)
+    successes = trial.attack_success
     if successes < 0.1:
         warnings.warn(
             "The search's own attacks hardly succeed, so its ratios stand on little: "
