@@ -343,8 +343,8 @@ class DifferentiatorEnsemble(keras.Model):
         A head is a ridge regression in closed form on the images of its classes and, with
         `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
-        rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios. The
-        reference, one more pruned body, gets a head for each class, fitted on some 4000 images.
+        rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
+        The reference, one more body, gets a head for each class, fitted on some 4000 images.
 
         Args:
             x: Training images, as for `adapt`.
