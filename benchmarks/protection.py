@@ -39,7 +39,8 @@ def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
     for label, ratios in UNIFORM.items():
         for head in HEADS:
             found.append((f"{label}, {head}", {"ratios": ratios, "head": head, "jitter": 0}))
-    found += [(f"auto, {head}", {"head": head}) for head in HEADS]
+    # The search does not depend on the head, so what it finds serves both.
+    found += [("auto, one_vs_rest", {}), ("auto, pair", {"head": "pair", "ratios": "found"})]
     if name == "gtsrb-mid":
         ratios = {"conv1*": 0.85, "conv3*": 0.5, "fc": 0.5}
         for rounds in (1, 5):
@@ -90,6 +91,7 @@ def measure(
         for kind in attacks:
             own = roc[roc["inputs"] == kind]
             row[f"{kind} AUROC"] = float(own["auroc"].iloc[0])
+            row[f"{kind} at 0.95"] = int(own.loc[own["asked"] == 0.95, "count"].iloc[0])
         rows.append(row)
     return rows
 
@@ -133,6 +135,8 @@ def transformations(case: Case, attacks: dict[str, AttackResult]) -> list[dict[s
             row[f"{kind} undefended_success"] = int(reached.sum())
             row[f"{kind} defended_success"] = int(np.sum(reached & (crafted >= threshold)))
             row[f"{kind} defended_success n"] = len(classes)
+            own = np.sort(honest[right])[int(0.05 * right.sum())]
+            row[f"{kind} at 0.95"] = int(np.sum(reached & (crafted >= own)))
             above = honest[right][:, None] > crafted[reached]
             ties = honest[right][:, None] == crafted[reached]
             row[f"{kind} AUROC"] = float(np.mean(above + 0.5 * ties))
@@ -146,6 +150,11 @@ def jpeg(x: np.ndarray) -> np.ndarray:
     return np.stack([tf.io.decode_jpeg(image).numpy() for image in encoded])
 
 
+def row_path(cache: Path, name: str, label: str) -> Path:
+    """Where the rows of a Student and a defence are kept."""
+    return cache / f"row-{name}-{label.replace(' ', '_')}.json"
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table for readers: counts with Wilson intervals in percent."""
 
@@ -156,8 +165,9 @@ def markdown(table: pd.DataFrame) -> str:
     kinds = ("targeted", "non-targeted")
     lines = [
         "| Student | defence | decision | retention | clean acceptance | clean accuracy | "
-        "targeted success | non-targeted success | AUROC, targeted / non-targeted |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "targeted success | non-targeted success | successes where just 95 % of the test images "
+        "are retained | AUROC |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for _, row in table.iterrows():
         clean = [cell(row, f"clean {m}") for m in ("retention", "clean_acceptance")]
@@ -165,7 +175,8 @@ def markdown(table: pd.DataFrame) -> str:
         success = [cell(row, f"{kind} defended_success") for kind in kinds]
         auroc = " / ".join(f"{row[f'{kind} AUROC']:.3f}" for kind in kinds)
         cells = (row["student"], row["defence"], row["decision"], *clean, f"{accuracy:.1%}")
-        lines.append("| " + " | ".join([*cells, *success, auroc]) + " |")
+        exact = " / ".join(f"{row[f'{kind} at 0.95']:.0f}" for kind in kinds)
+        lines.append("| " + " | ".join([*cells, *success, exact, auroc]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -182,9 +193,12 @@ def main() -> None:
         case = load_case(name, arguments.data, arguments.cache)
         attacks = load_attacks(case, arguments.cache, arguments.attacks)
         for label, options in [*configurations(name), ("transformations", {})]:
-            path = arguments.cache / f"row-{name}-{label.replace(' ', '_')}.json"
+            path = row_path(arguments.cache, name, label)
             if path.exists() or arguments.only not in label:
                 continue
+            if options.get("ratios") == "found":
+                known = pd.read_json(row_path(arguments.cache, name, "auto, one_vs_rest")).iloc[0]
+                options |= {"ratios": known["ratios"], "head_layer": known["head layer"]}
             if label == "transformations":
                 rows = transformations(case, attacks)
             else:
@@ -192,7 +206,7 @@ def main() -> None:
             pd.DataFrame(rows).to_json(path, orient="records")
             print(markdown(pd.DataFrame(rows)), flush=True)
     paths = [
-        arguments.cache / f"row-{name}-{label.replace(' ', '_')}.json"
+        row_path(arguments.cache, name, label)
         for name in CASES
         for label, _ in [*configurations(name), ("transformations", {})]
     ]
