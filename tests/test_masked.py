@@ -384,4 +384,7 @@ def test_what_comes_before_the_first_pruned_layer_is_computed_once() -> None:
         assert loaded.shape == shape
         units = sum(blocks[name].units for name in names)
         plain = graph.run(tf.constant(images), [graph.output])[graph.output]
-        np.testing.assert_allclose(body(loaded, np.ones(units, bool)), plain, rtol=1e-5, atol=1e-5)
+        kept = np.ones(units, bool)
+        np.testing.assert_allclose(body(loaded, kept), plain, rtol=1e-5, atol=1e-5)
+        assert body.load(images[:0]).shape == (0, *shape[1:])
+        assert body(loaded[:0], kept).shape == (0, *plain.shape[1:])

@@ -12,7 +12,7 @@ from conftest import KEY, SIZE, Images, weights_of
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.ensemble import search
+from keras_tl_defense.ensemble import search, trial
 from keras_tl_defense.evaluation import plot_search
 
 pytestmark = [
@@ -25,9 +25,9 @@ pytestmark = [
 def quick() -> Any:
     """Fewer attacks and steps than users get, and a budget that lets them succeed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_ATTACKS", 16)
-        patch.setattr(search, "_STEPS", 60)
-        patch.setattr(search, "_BUDGET", 0.15)
+        patch.setattr(trial, "_ATTACKS", 16)
+        patch.setattr(trial, "_STEPS", 60)
+        patch.setattr(trial, "_BUDGET", 0.15)
         yield
 
 
@@ -176,9 +176,9 @@ def test_it_warns_when_nothing_good_is_found(
 def test_it_warns_when_its_attacks_fail(
     student: Any, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "_BUDGET", 1e-7)
-    monkeypatch.setattr(search, "_STEPS", 2)
-    with pytest.warns(UserWarning, match="hardly succeed.* 0% of 16"):
+    monkeypatch.setattr(trial, "_BUDGET", 1e-7)
+    monkeypatch.setattr(trial, "_STEPS", 2)
+    with pytest.warns(UserWarning, match="hardly succeed.* 0% of them"):
         adapted(student, images, search_budget=6)
 
 

@@ -172,10 +172,10 @@ def test_sparsity_counts_frozen_and_unfrozen_layers(mid: Any, three: Images) -> 
 def test_ratios_are_searched_for_frozen_layers(
     mid: Any, three: Images, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from keras_tl_defense.ensemble import search
+    from keras_tl_defense.ensemble import trial
 
-    monkeypatch.setattr(search, "_ATTACKS", 8)
-    monkeypatch.setattr(search, "_STEPS", 20)
+    monkeypatch.setattr(trial, "_ATTACKS", 8)
+    monkeypatch.setattr(trial, "_STEPS", 20)
     defence = fitted(mid, three, ratios="auto", retention=0.9, search_budget=6)
     assert set(defence.ratios) == {"body", "own", "fc"}
     assert (defence.ratios["own"], defence.ratios["fc"]) == (0.5, 0.5)

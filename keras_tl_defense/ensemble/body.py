@@ -68,7 +68,7 @@ class CompactBody:
         """
         if self._start == self._graph.input:
             return images
-        return self._in_parts(self._load, images)
+        return self._in_parts(self._load, images, self._graph.shapes[self._start][1:])
 
     def __call__(self, loaded: np.ndarray, mask: np.ndarray, member: int = 0) -> np.ndarray:
         """The tensor of images, flattened; 0 for what is removed.
@@ -83,10 +83,13 @@ class CompactBody:
         """
         kept = [np.flatnonzero(mask[numbers]).astype(np.int32) for numbers in self._numbers]
         run = self._function(tuple(len(filters) for filters in kept))
-        return self._in_parts(lambda values: run(values, kept, np.int32(member)), loaded)
+        size = _size(self._graph, self._tensor)
+        return self._in_parts(lambda values: run(values, kept, np.int32(member)), loaded, (size,))
 
-    def _in_parts(self, function: Any, values: np.ndarray) -> np.ndarray:
-        starts = range(0, max(1, len(values)), self._at_once)
+    def _in_parts(self, function: Any, values: np.ndarray, shape: Any) -> np.ndarray:
+        if not len(values):  # oneDNN's convolutions refuse an empty batch
+            return np.zeros((0, *shape), np.float32)
+        starts = range(0, len(values), self._at_once)
         parts = [values[start : start + self._at_once].astype(np.float32) for start in starts]
         return np.concatenate([function(part).numpy() for part in parts])
 
