@@ -106,8 +106,8 @@ def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch
     kernel, bias = train_rivals(member_features, sample, 6, width=9)
     assert kernel.shape == (9, 4)
     assert bias.shape == (4,)
-    assert seen == [5 + 6 + 7 + 10]
-    monkeypatch.setattr(training, "_REFERENCE_BYTES", 4 * 9 * 24)
+    assert seen == [5 + 6 + 7 + 22]
+    monkeypatch.setattr(training, "_SAMPLE_BYTES", 4 * 9 * 24)
     train_rivals(member_features, sample, 6, width=9)
     assert seen[1:] == [5 + 6 + 6 + 6]
     margins = x @ kernel + bias
@@ -170,6 +170,26 @@ class TestSample:
         assert one.images.shape == (5 * CLASSES, *images.x_train.shape[1:])
         np.testing.assert_array_equal(one.images, other.images)
         assert (one.images != self.sample(images, 7, 5, seed=1).images).any()
+        fewer, first = self.sample(images, 7, 3), one.first(3)
+        np.testing.assert_array_equal(first.images, fewer.images)
+        assert first.counts.tolist() == fewer.counts.tolist() == [3] * CLASSES
+
+    def test_the_reference_gets_as_many_as_memory_holds(
+        self, images: Images, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = Batches(
+            images.x_train, images.y_train, shape=images.x_train.shape[1:], classes=CLASSES
+        )
+
+        def count(per_class: int) -> int:
+            rng = np.random.default_rng(0)
+            sample = sample_classes(batches, per_class, rng, for_reference=True)
+            return int(sample.counts.max())
+
+        assert count(5) == np.bincount(images.y_train).max()
+        size = next(iter(batches))[0][0].nbytes
+        monkeypatch.setattr(training, "_SAMPLE_BYTES", 7 * CLASSES * size)
+        assert [count(5), count(9)] == [7, 9]
 
     def test_small_classes_give_what_they_have(self, images: Images) -> None:
         keep = np.r_[0:3, 20:120]  # class 0 has three images, the others twenty

@@ -31,6 +31,7 @@ def fit_differentiators(
     preprocessing: Any,
     tuning: Tuning,
     *,
+    images_per_class: int,
     rng: np.random.Generator,
     verbose: int | str,
 ) -> dict[str, list[float]]:
@@ -38,10 +39,11 @@ def fit_differentiators(
 
     Args:
         bank: The differentiators, with their masks; takes the heads.
-        sample: Training images.
+        sample: Training images; the reference takes more of them than a differentiator.
         head: `"pair"` or `"one_vs_rest"`.
         preprocessing: Callable from the images to what the Student takes, or `None`.
         tuning: For differentiators with layers of their own.
+        images_per_class: At most this many of each class for a differentiator.
         rng: Chooses images, and shuffles.
         verbose: 0 shows no progress bar.
 
@@ -51,6 +53,7 @@ def fit_differentiators(
     """
     body = bank.compact_body(preprocessing)
     sample = sample._replace(images=body.load(sample.images))
+    own = sample.first(images_per_class)
     trainer = top = None
     if bank.top is not None:
         trainer = TopTrainer(bank.top, outputs=1 if head == "pair" else 2, **tuning._asdict())
@@ -79,9 +82,9 @@ def fit_differentiators(
         options: dict[str, Any] = {"rng": rng, "progress": bar.add}
         pairs = bank.pairs[members]
         if trainer is not None:
-            tops = tune_tops(body_values, sample, members, pairs, head, trainer, **options)
+            tops = tune_tops(body_values, own, members, pairs, head, trainer, **options)
             bank.set_tops(members, *tops)
-        heads = train_heads(features, sample, members, pairs, bank.features, head, **options)
+        heads = train_heads(features, own, members, pairs, bank.features, head, **options)
         bank.set_heads(members, heads.kernel, heads.bias)
         loss[members], accuracy[members] = heads.loss, heads.accuracy
         history["loss"].append(float(loss.mean()))

@@ -128,9 +128,9 @@ def _solve(
         target: Array of shape `(bodies, rows, heads)`, centred and weighted.
         weight: Array of shape `(bodies, rows)`.
     """
-    penalty = penalty[:, None, None].astype(float)
-    inverse = np.linalg.inv(gram + penalty * np.eye(gram.shape[1]))
-    dual = inverse @ target
+    penalty = penalty[:, None, None].astype(np.float32)
+    inverse = np.linalg.inv(gram + penalty * np.eye(gram.shape[1], dtype=np.float32))
+    dual = inverse @ target.astype(np.float32)
     free = penalty[..., 0] * np.diagonal(inverse, axis1=1, axis2=2) - weight
     return dual, penalty * dual / np.maximum(free, 1e-4)[..., None]
 

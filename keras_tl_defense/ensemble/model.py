@@ -344,7 +344,7 @@ class DifferentiatorEnsemble(keras.Model):
         `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
         rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
-        The reference, one more body, gets a head for each class, fitted on some 4000 images.
+        The reference, one more body, gets a head for each class, fitted on up to 8000 images.
 
         Args:
             x: Training images, as for `adapt`.
@@ -352,7 +352,8 @@ class DifferentiatorEnsemble(keras.Model):
             epochs: Passes over a differentiator's images in each round of `tune="unfrozen"`; heads
                 have a closed form. Defaults to `5`.
             batch_size: Images in a step of fine-tuning, and per batch of arrays.
-            images_per_class: At most this many images of each class are used, chosen at random.
+            images_per_class: At most this many images of each class are used for a
+                differentiator, chosen at random.
                 More take longer and reject fewer honest inputs. Defaults to `100`.
             verbose: 0 shows no progress bar.
 
@@ -370,7 +371,10 @@ class DifferentiatorEnsemble(keras.Model):
         images_per_class = check_integer("images_per_class", images_per_class, 1)
         rng = np.random.default_rng(self.seed)
         sample = sample_classes(
-            self._batches(x, y, batch_size, labelled=True), images_per_class, rng
+            self._batches(x, y, batch_size, labelled=True),
+            images_per_class,
+            rng,
+            for_reference=True,
         )
         self._set_stage(_ADAPTED)
         history = keras.callbacks.History()
@@ -385,6 +389,7 @@ class DifferentiatorEnsemble(keras.Model):
                 epochs,
                 batch_size,
             ),
+            images_per_class=images_per_class,
             rng=rng,
             verbose=verbose,
         )

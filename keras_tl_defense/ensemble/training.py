@@ -17,8 +17,8 @@ MemberFeatures = Callable[[np.ndarray, int], np.ndarray]
 """Maps images and the number of a differentiator to features `(images, features)`."""
 
 _CHUNK_BYTES = 256 << 20
-_REFERENCE_ROWS = 4000
-_REFERENCE_BYTES = 512 << 20
+_REFERENCE_ROWS = 8000
+_SAMPLE_BYTES = 512 << 20
 _OTHERS = 128  # images of other classes for each differentiator
 
 
@@ -26,7 +26,7 @@ class ClassImages(NamedTuple):
     """Training images of every class.
 
     Attributes:
-        images: Array of shape `(count, …)`, ordered by class.
+        images: Array of shape `(count, …)`, ordered by class, in random order within a class.
         counts: Int array of shape `(classes,)`: images of each class.
         seen: Number of images that they were chosen from.
     """
@@ -34,6 +34,13 @@ class ClassImages(NamedTuple):
     images: np.ndarray
     counts: np.ndarray
     seen: int
+
+    def first(self, per_class: int) -> ClassImages:
+        """The first images of each class, `per_class` at most."""
+        counts = np.minimum(self.counts, per_class)
+        starts = np.cumsum(self.counts) - self.counts
+        chosen = [start + np.arange(count) for start, count in zip(starts, counts, strict=True)]
+        return ClassImages(self.images[np.concatenate(chosen)], counts, self.seen)
 
 
 class HeadRows(NamedTuple):
@@ -71,20 +78,27 @@ class FittedHeads(NamedTuple):
     loss: np.ndarray
 
 
-def sample_classes(batches: Batches, per_class: int, rng: np.random.Generator) -> ClassImages:
+def sample_classes(
+    batches: Batches, per_class: int, rng: np.random.Generator, *, for_reference: bool = False
+) -> ClassImages:
     """Choose up to `per_class` images of each class at random, in one pass over the data.
 
     Args:
         batches: Images with labels.
         per_class: Images of each class that are kept at most.
         rng: Decides which.
+        for_reference: Keep more, up to 8000 of each class, as long as 512 MiB hold them all.
 
     Returns:
-        The images that were kept. Which ones does not depend on the size of the batches.
+        The images that were kept. Which ones does not depend on the size of the batches, and those
+        of a smaller `per_class` are the first of each class.
     """
     pools: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in range(batches.classes or 0)]
     seen = 0
     for images, labels in batches:
+        if for_reference and not seen:
+            most = _SAMPLE_BYTES // (images[0].nbytes * len(pools))
+            per_class = max(per_class, min(_REFERENCE_ROWS, most))
         for priority, image, label in zip(rng.random(len(images)), images, labels, strict=True):
             pool, seen = pools[label], seen + 1
             if len(pool) < per_class:
@@ -93,7 +107,9 @@ def sample_classes(batches: Batches, per_class: int, rng: np.random.Generator) -
                 heapq.heapreplace(pool, (priority, seen, image.copy()))
     counts = np.array([len(pool) for pool in pools])
     check_every_class(counts)
-    images = np.stack([image for pool in pools for _, _, image in sorted(pool, key=itemgetter(1))])
+    images = np.stack(
+        [image for pool in pools for _, _, image in sorted(pool, key=itemgetter(0), reverse=True)]
+    )
     return ClassImages(images, counts, seen)
 
 
@@ -192,7 +208,7 @@ def train_rivals(
 
     Args:
         member_features: Computes features under the masks of a body.
-        sample: Training images, of which some 4000 are used, or as many as memory allows.
+        sample: Training images, of which 8000 are used, or as many as memory allows.
         reference: Number of the body.
         width: Number of features.
 
@@ -200,14 +216,13 @@ def train_rivals(
         Kernel of shape `(features, classes)` and bias of shape `(classes,)`.
     """
     classes = np.arange(len(sample.counts))
-    most = min(_REFERENCE_ROWS, _REFERENCE_BYTES // (4 * width))
-    counts = np.minimum(sample.counts, max(2, most // len(classes)))
-    starts = np.cumsum(sample.counts) - sample.counts
-    numbers = np.concatenate([s + np.arange(c) for s, c in zip(starts, counts, strict=True)])
-    labels = np.repeat(classes, counts)
-    features = member_features(sample.images[numbers], reference)
+    most = min(_REFERENCE_ROWS, _SAMPLE_BYTES // (4 * width))
+    rows = np.minimum(sample.counts, np.arange(1, sample.counts.max() + 1)[:, None]).sum(axis=1)
+    sample = sample.first(max(2, int(np.sum(rows <= most))))
+    labels = np.repeat(classes, sample.counts)
+    features = member_features(sample.images, reference)
     positive = labels[:, None] == classes
-    heads = fit_heads(features[None], positive[None], (1 / counts)[labels][None])
+    heads = fit_heads(features[None], positive[None], (1 / sample.counts)[labels][None])
     return heads.kernel[0].T, heads.bias[0]
 
 
