@@ -31,14 +31,14 @@ def export_saved_model(model: Any, path: str | Path, signature: tf.TensorSpec) -
         OSError: The folder cannot be written.
     """
     final = Path(path)
+    parent = final.parent if final.name.isdigit() else final
     try:
-        final.mkdir(parents=True, exist_ok=True)
-        if final.name.isdigit() and any(final.iterdir()):
+        parent.mkdir(parents=True, exist_ok=True)
+        if parent != final and final.exists() and any(final.iterdir()):
             raise ValueError(
                 "A SavedModel is never overwritten, because a server may be reading it. Give a new "
                 f"version number, or the folder above it. Received: path={str(path)!r}"
             )
-        parent = final.parent if final.name.isdigit() else final
         with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as unfinished:
             _write(model, Path(unfinished) / "model", signature)
             return _publish(Path(unfinished) / "model", final)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from conftest import SIZE, Images, fitted
 
 import keras_tl_defense as ktd
+from keras_tl_defense import serving
 from keras_tl_defense._keras import keras
 
 LOAD = """
@@ -283,6 +284,19 @@ def test_versions_and_folders_that_will_not_do(defence: Any, tmp_path: Path) -> 
         with pytest.raises(OSError, match=r"cannot be written .*Received: path="):
             defence.export(path)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["1", "2", "7", "8"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    defence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serving, "_write", fail)
+    for path in (tmp_path / "7", tmp_path):
+        with pytest.raises(OSError, match="No space left on device"):
+            defence.export(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_graph_rejects_what_is_not_finite(
