@@ -29,7 +29,7 @@ from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
 _PAIRS = 5
-_ROWS = 4000  # training images that heads are fitted on at most
+_ROWS = 8000  # training images that heads are fitted on at most
 
 Table = list[tuple[str, str]]
 
@@ -80,7 +80,7 @@ class Margins(NamedTuple):
 def score(margins: Margins) -> np.ndarray:
     """The score of `DifferentiatorEnsemble`."""
     own = margins.own()
-    return np.asarray(own[:, :-1].mean(axis=1) + own[:, -1] - 1.5 * margins.other()[:, -1])
+    return np.asarray(own[:, :-1].mean(axis=1) + 2 * own[:, -1] - 2.25 * margins.other()[:, -1])
 
 
 SCORES: dict[str, Callable[[Margins], np.ndarray]] = {
@@ -93,7 +93,10 @@ SCORES: dict[str, Callable[[Margins], np.ndarray]] = {
         m.own()[:, :-1].mean(axis=1) - 0.5 * m.other()[:, -1]
     ),
     "reference alone: own less other": lambda m: m.own()[:, -1] - m.other()[:, -1],
-    "mean + own less 1.5 other (kept)": score,
+    "mean + own less 1.5 other": lambda m: (
+        m.own()[:, :-1].mean(axis=1) + m.own()[:, -1] - 1.5 * m.other()[:, -1]
+    ),
+    "mean + 2 own less 2.25 other (kept)": score,
     "every body: own less other": lambda m: (m.own() - m.other()).mean(axis=1),
 }
 

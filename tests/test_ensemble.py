@@ -110,7 +110,7 @@ class PlainDefence:
             against = sum(margin < 0 for margin in margins)
             answers.append(0 if against >= threshold else own + 1)
             disagreements.append(against)
-            scores.append(np.mean(margins) + rivals[own] - 1.5 * max(np.delete(rivals, own)))
+            scores.append(np.mean(margins) + 2 * rivals[own] - 2.25 * max(np.delete(rivals, own)))
         return {
             "answer": np.array(answers),
             "disagreements": np.array(disagreements),

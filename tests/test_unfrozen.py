@@ -122,7 +122,7 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
         drawn = details["members"][index]
         said = [margins[m, index, list(defence.pairs[m]).index(answered)] for m in drawn]
         others = np.delete(rivals[index], answered)
-        score = np.mean(said) + rivals[index, answered] - 1.5 * max(others)
+        score = np.mean(said) + 2 * rivals[index, answered] - 2.25 * max(others)
         assert details["score"][index] == pytest.approx(score, rel=1e-3, abs=1e-3)
         assert details["disagreements"][index] == sum(margin < 0 for margin in said)
 

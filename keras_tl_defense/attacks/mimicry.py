@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,15 +80,17 @@ class MimicryAttack:
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.preprocessing = check_callable("preprocessing", preprocessing)
         self._features = tf.function(self._compute_features, reduce_retracing=True)
+        self._compiled: dict[tuple[int, ...], Any] = {}
 
-    @lru_cache(maxsize=4)  # noqa: B019 - goes with the attack, which few programs make many of
     def _advance(self, shape: tuple[int, ...]) -> Any:
         """The compiled steps for images of this shape, whatever the batch."""
-        images = tf.TensorSpec((None, *shape), tf.float32)
-        features, count = tf.TensorSpec((None, None), tf.float32), tf.TensorSpec((), tf.int32)
-        return tf.function(
-            self._run_steps, input_signature=[images, images, features, *[images] * 3, count]
-        )
+        if shape not in self._compiled:
+            images = tf.TensorSpec((None, *shape), tf.float32)
+            features, count = tf.TensorSpec((None, None), tf.float32), tf.TensorSpec((), tf.int32)
+            self._compiled[shape] = tf.function(
+                self._run_steps, input_signature=[images, images, features, *[images] * 3, count]
+            )
+        return self._compiled[shape]
 
     def __call__(
         self,

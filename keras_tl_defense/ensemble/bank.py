@@ -29,7 +29,8 @@ from keras_tl_defense.pruning.masks import (
 LEVELS = (1.0, 0.75, 0.5)
 """Shares of the common ratios; a differentiator that they leave too little takes the next."""
 
-_OTHER = 1.5  # how much the reference's largest margin of another class counts
+# How much the reference's margin of the Student's class counts, and its largest of another.
+_OWN, _OTHER = 2.0, 2.25
 
 _TOO_MANY_BYTES = 8 << 30
 
@@ -311,8 +312,8 @@ class DifferentiatorBank(keras.layers.Layer):
 def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor) -> tf.Tensor:
     """How sure the differentiators are that an image is what the Student says.
 
-    The members' mean margin, and the reference's margin of the Student's class less one and a half
-    times its largest margin of another class. An honest image of the class has about 3.5.
+    The members' mean margin, plus 2 times the reference's margin of the Student's class, less 2.25
+    times its largest margin of another class. An honest image of the class has about 4.
 
     Args:
         margins: Float tensor of shape `(batch, k)`, of the members.
@@ -325,7 +326,7 @@ def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor)
     own = tf.one_hot(student_class, rivals.shape[1], on_value=True, off_value=False)
     other = tf.reduce_max(tf.where(own, tf.float32.min, rivals), axis=1)
     own_margin = tf.gather(rivals, student_class, batch_dims=1)
-    return tf.reduce_mean(margins, axis=1) + own_margin - _OTHER * other
+    return tf.reduce_mean(margins, axis=1) + _OWN * own_margin - _OTHER * other
 
 
 class _Layout:
@@ -356,6 +357,11 @@ def _replaced(weight: Any, rows: np.ndarray, values: Any) -> np.ndarray:
     array = np.array(weight)
     array[rows] = values
     return array
+
+
+def most_features(pairs: int, heads: int) -> int:
+    """How many features the heads of so many pairs of classes may read."""
+    return _TOO_MANY_BYTES // (4 * heads * pairs)
 
 
 def _check_size(pairs: int, heads: int, features: int, top: OwnTop | None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 _STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of an image
+_LEAST_APART = 0.05  # of held-out margins, in which targets are 2 apart; less says nothing
 _EIGEN_ROWS = 800  # of more images, some choose the strength and one system is solved for all
 
 
@@ -41,7 +42,8 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
 
     Each head is scaled by its held-out margins: those of its class lie at +1 on average, those of
     other images at -1, so that the margins of different heads can be compared and averaged, and a
-    head says "not my class" below the middle.
+    head says "not my class" below the middle. A head that does not tell them apart, such as one of
+    a single image, says -1 to everything.
 
     Args:
         features: Float32 array of shape `(bodies, rows, features)`.
@@ -79,12 +81,12 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
     kernel = tf.linalg.matmul(dual.astype(np.float32), centred, transpose_a=True).numpy()
     bias = level[:, 0] - tf.linalg.matmul(kernel, mean, transpose_b=True).numpy()[..., 0]
     high, low = (_mean(margins, weight[..., None] * group) for group in (positive, ~positive))
-    half = np.maximum((high - low) / 2, 1e-3)
-    middle = (high + low) / 2
+    tells = high - low > _LEAST_APART
+    half, middle = np.where(tells, (high - low) / 2, 1), (high + low) / 2
     return Heads(
-        (kernel / half[..., None]).astype(np.float32),
-        ((bias - middle) / half).astype(np.float32),
-        ((margins - middle[:, None]) / half[:, None]).astype(np.float32),
+        np.where(tells[..., None], kernel / half[..., None], 0).astype(np.float32),
+        np.where(tells, (bias - middle) / half, -1).astype(np.float32),
+        np.where(tells[:, None], (margins - middle[:, None]) / half[:, None], -1).astype("float32"),
         strength,
     )
 

@@ -28,7 +28,7 @@ from keras_tl_defense.ensemble.arguments import (
     penultimate,
     serialize_preprocessing,
 )
-from keras_tl_defense.ensemble.bank import DifferentiatorBank, input_score
+from keras_tl_defense.ensemble.bank import DifferentiatorBank, input_score, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
 from keras_tl_defense.ensemble.search import search_ratios
@@ -53,12 +53,13 @@ class DifferentiatorEnsemble(keras.Model):
     """A Student that rejects inputs on which a few differentiators disagree with it.
 
     A differentiator is a copy of the Student for two classes: its frozen layers, pruned by the
-    activations of these classes, under a head of its own that tells one from the other. An input
-    crafted on the public Teacher imitates the activations of another class in the *unpruned*
-    layers, and loses the imitation where these are missing. For each input the Student answers a
-    class, and `ensemble_size` differentiators that know this class are drawn by a keyed hash of the
-    input. When `reject_threshold` of them disagree, the answer is 0, rejected; else it is the
-    Student's class plus one.
+    activations of these classes, under heads of its own that tell each of the two from all other
+    classes. An input crafted on the public Teacher imitates the activations of another class in the
+    *unpruned* layers, and loses the imitation where these are missing. For each input the Student
+    answers a class, and `ensemble_size` differentiators that know this class are drawn by a keyed
+    hash of the input. When `reject_threshold` of them disagree, the answer is 0, rejected; else it
+    is the Student's class plus one. After `calibrate` a score decides instead: how sure they are,
+    and how sure a *reference* is, one more pruned body with a head for every class.
 
     Images are in 0..255. The Student's layers are shared, not copied: train it before, not after.
 
@@ -94,9 +95,10 @@ class DifferentiatorEnsemble(keras.Model):
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
             registered function can be saved with the model.
         search_budget: Images that the search may pass through the Student's first layers to measure
-            candidates, for each training image. Defaults to `60`.
-        seed: Makes the search, the jitter and training reproducible. Who knows it can recompute the
-            differentiators' masks; the key never comes from it.
+            candidates, for each training image. It crafts its attacks before: 128 images, 150
+            steps, at each of up to five layers. Defaults to `60`.
+        seed: Integer of at least 0 that makes the search, the jitter and training reproducible. Who
+            knows it can recompute the differentiators' masks; the key never comes from it.
         key: Secret of the draw, 16 bytes. For tests; defaults to the operating system's randomness.
         **kwargs: Passed to `keras.Model`.
 
@@ -179,7 +181,7 @@ class DifferentiatorEnsemble(keras.Model):
             "the number of differentiators that check an input",
         )
         self.search_budget = check_integer("search_budget", search_budget, 1)
-        self.seed = seed
+        self.seed = None if seed is None else check_integer("seed", seed, 0)
         self.ratios: Any = "auto"
         self.search_history: pd.DataFrame | None = None
         self._key = self._add_state("key", "int64", (2,))
@@ -189,7 +191,7 @@ class DifferentiatorEnsemble(keras.Model):
         self._calibration = self._add_state("calibration", "float32", (4,))
         self._bank: Any = None
         if not isinstance(ratios, str) or ratios != "auto":
-            self._make_bank(ratios)
+            self._make_bank(ratios, self.head_layer)
         self._optimizer_config: Any = None
         self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
 
@@ -198,20 +200,19 @@ class DifferentiatorEnsemble(keras.Model):
             name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False
         )
 
-    def _make_bank(self, ratios: float | Mapping[str, float]) -> None:
-        tensor = head_tensor(self._graph, self._cut, self.head_layer)
-        self.head_layer = self._graph.steps[self._graph.producer[tensor]].name
+    def _make_bank(self, ratios: float | Mapping[str, float], head_layer: str | None) -> None:
+        tensor = head_tensor(self._graph, self._cut, head_layer)
         frozen = [block.name for block in find_blocks(self._graph, before=tensor)]
         own: list[str] = []
         if self.tune == "unfrozen":
             end = penultimate(self._graph)
             own = [block.name for block in own_blocks(self._graph, tensor, end)]
-        self.ratios = resolve_ratios(ratios, [*frozen, *own])
+        resolved = resolve_ratios(ratios, [*frozen, *own])
         top = None
         if self.tune == "unfrozen":
-            top_ratios = {name: r for name, r in self.ratios.items() if name in own}
+            top_ratios = {name: r for name, r in resolved.items() if name in own}
             top = OwnTop(self._graph, tensor, end, top_ratios)
-        if not self.ratios:
+        if not resolved:
             warnings.warn(
                 "No layer is pruned, so the differentiators see what the Student sees and protect "
                 f"hardly at all. Received: ratios={ratios!r}",
@@ -220,13 +221,15 @@ class DifferentiatorEnsemble(keras.Model):
         self._bank = DifferentiatorBank(
             self._graph,
             tensor,
-            {name: r for name, r in self.ratios.items() if name not in own},
+            {name: r for name, r in resolved.items() if name not in own},
             self.classes,
             heads=1 if self.head == "pair" else 2,
             jitter=self.jitter,
             top=top,
             name="differentiators",
         )
+        self.ratios = resolved
+        self.head_layer = self._graph.steps[self._graph.producer[tensor]].name
         self.built = True
 
     @property
@@ -297,15 +300,16 @@ class DifferentiatorEnsemble(keras.Model):
                 head_layer=self.head_layer,
                 retention=self.retention,
                 jitter=self.jitter,
+                most_features=most_features(len(self.pairs), 1 if self.head == "pair" else 2),
                 budget=self.search_budget,
                 seed=self.seed,
                 verbose=verbose,
             )
-            self.search_history = found.history
-            self.head_layer = found.head_layer
             own = {"*": _UNFROZEN_RATIO} if self.tune == "unfrozen" else {}
             frozen = {b.name: 0.0 for b in find_blocks(self._graph, before=self._cut)}
-            self._make_bank({**frozen, **found.ratios, **own} if own else found.ratios)
+            ratios = {**frozen, **found.ratios, **own} if own else found.ratios
+            self._make_bank(ratios, found.head_layer)
+            self.search_history = found.history
         activations = ClassActivations(
             self.student, [block.name for block in self._bank.blocks], cut=self.head_layer
         )
@@ -438,9 +442,9 @@ class DifferentiatorEnsemble(keras.Model):
     def call(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Answer a batch, as `explain` does, as tensors and without an error for bad input.
 
-        Images are rounded to whole grey levels, so that noise below that changes nothing, neither
-        the draw nor the answer. One with NaN, infinity or values outside 0..255 (by more than one)
-        is rejected with the lowest finite score.
+        Images are rounded to whole grey levels before anything else; less than half of one changes
+        neither the draw nor the answer. One with NaN, infinity or values outside 0..255 (by more
+        than one) is rejected with the lowest finite score.
 
         Args:
             inputs: Images of shape `(batch, H, W, C)` in 0..255.
@@ -513,8 +517,8 @@ class DifferentiatorEnsemble(keras.Model):
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
             `score`, the members' mean margin (1 is usual for an honest image of the Student's
-            class, -1 for one of another class), plus the margin that a pruned reference body gives
-            the Student's class, less one and a half times the largest that it gives another class;
+            class, -1 for one of another class), plus twice the margin that a pruned reference body
+            gives the Student's class, less 2.25 times the largest that it gives another class;
             `members`, `(n, ensemble_size)`, rows of `pairs`.
         """
         return self._explain(self._batches(x, None, batch_size), verbose)[0]

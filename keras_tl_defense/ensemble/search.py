@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.data import Batches
 from keras_tl_defense.ensemble.training import sample_classes
-from keras_tl_defense.ensemble.trial import RETENTIONS, Measured, Trial
+from keras_tl_defense.ensemble.trial import Measured, Trial
+from keras_tl_defense.graph import ModelGraph
 
 _IMAGES = 1500  # about as many are searched on; at least eight of each class
+_FEATURE_BYTES = 512 << 20  # of all of them at the cut, where it is large
 _FIRST = 0.85
 _GRID = (0.0, 0.5, 0.7, 0.85, 0.92)
 _GOAL = 0.1  # of crafted images accepted; more is a warning
@@ -31,10 +34,10 @@ class Found(NamedTuple):
         ratios: The ratio of each pruned layer.
         head_layer: Name of the layer that the heads read.
         history: DataFrame with a row for each candidate: `step`, `head_layer`, `ratios`,
-            `acceptance` (of crafted images that mislead the Student, in all crafted ones, at the
-            retention asked for; of the attack that does best), `auroc`, `accuracy` (of the heads
-            on clean images), `acceptance_at_0.9` and so on, `passes` (images passed through the
-            Student so far, for each training image), and `chosen`.
+            `acceptance_at_0.95` and so on (crafted images that mislead the Student and are
+            accepted at this retention, in all crafted ones; of the attack that does best), `auroc`,
+            `accuracy` (of the heads on clean images), `passes` (images passed through the Student
+            so far, for each training image), and `chosen`.
     """
 
     ratios: dict[str, float]
@@ -51,14 +54,18 @@ def search_ratios(
     head_layer: str | None,
     retention: float,
     jitter: float,
+    most_features: int,
     budget: int,
     seed: int | None,
     verbose: int | str,
 ) -> Found:
     """Find the ratios under which the fewest crafted images are accepted.
 
-    First each layer alone that the heads may read, and each prunable layer on the way to it; then
-    one layer's ratio after the other, the most telling first, as long as the budget lasts.
+    First each layer that the heads may read, with the first prunable one; then each prunable layer
+    alone; then one layer's ratio after the other, the most telling first; last, that nothing is
+    pruned, for comparison. All as long as the budget lasts. "Fewest" is an average of the shares
+    accepted at the retention asked for, and where twice and half as many honest images are lost, as
+    each comes from few images.
 
     Args:
         student: The Student.
@@ -68,20 +75,31 @@ def search_ratios(
         head_layer: Name of the layer that the heads read; `None` searches it, too.
         retention: Share of honest images to keep.
         jitter: As for `DifferentiatorEnsemble`.
+        most_features: A differentiator's heads may read so many.
         budget: Images that may be passed through the Student to measure candidates, for each
             training image.
         seed: Decides samples, attacks and noise.
         verbose: 0 shows no progress bar.
 
     Raises:
-        ValueError: A class has too few images, the Student answers too few rightly, or no layer
-            can be pruned.
+        ValueError: A class has too few images, the Student answers too few rightly, no layer can be
+            pruned, or all have too many features.
     """
     rng = np.random.default_rng(seed)
+    graph = ModelGraph(student, "student")
     classes = batches.classes or 0
-    sample = sample_classes(batches, max(8, _IMAGES // classes), rng)
+    width = tf.TensorShape(graph.shapes[graph.layer_output(cut)][1:]).num_elements() or 1
+    images = min(_IMAGES, _FEATURE_BYTES // (4 * width))
+    sample = sample_classes(batches, max(8, images // classes), rng)
     trial = Trial(student, cut, sample, preprocessing, retention, jitter, rng)
-    layers = trial.head_tensors(head_layer)
+    given = None if head_layer is None else graph.layer_output(head_layer)
+    layers = trial.head_tensors(most_features) if given is None else [given]
+    if not layers:
+        raise ValueError(
+            f"All frozen layers have more than {most_features} features, which the heads of "
+            f"{classes} classes can read in 8 GiB. Give `cut` or `head_layer`, a layer with fewer, "
+            f'or `head="pair"`. Received: cut={cut!r}'
+        )
     if not any(trial.names(tensor) for tensor in layers):
         raise ValueError(
             "No convolution before the layer that the heads read can be pruned, so nothing "
@@ -92,10 +110,7 @@ def search_ratios(
     bar = keras.utils.Progbar(budget, verbose=0 if verbose == 0 else 1, unit_name="pass")
     search = _Search(trial, budget, bar)
     for tensor in layers:
-        names = trial.names(tensor)
-        if names:
-            search.measure("head layer", tensor, {names[0]: _FIRST})
-        search.measure("head layer", tensor, {})
+        search.measure("head layer", tensor, {trial.names(tensor)[0]: _FIRST})
     tensor = search.best().tensor
     names = trial.names(tensor)
     alone = {name: search.measure("sensitivity", tensor, {name: _FIRST}).loss for name in names}
@@ -104,6 +119,7 @@ def search_ratios(
             start = search.best(tensor).ratios
             changed = {**start, name: ratio}
             search.measure("step", tensor, {k: v for k, v in changed.items() if v})
+    search.measure("nothing pruned", tensor, {})
     best = search.best(tensor)
     _warn(best, trial, retention)
     bar.update(budget, finalize=True)
@@ -120,8 +136,7 @@ class _Candidate(NamedTuple):
     @property
     def loss(self) -> tuple[float, float]:
         """What is made small: acceptance, averaged as it comes from few images; overlap."""
-        found = self.measured
-        return (float(np.mean([found.acceptance, *found.at[:2]])), -found.auroc)
+        return (float(np.mean(self.measured.acceptance)), -self.measured.auroc)
 
 
 class _Search:
@@ -138,8 +153,7 @@ class _Search:
             spent = max((c.passes for c in self._found.values()), default=0.0)
             cost = self._trial.cost
             if self._found and spent + cost > self._budget:
-                unknown = Measured(np.inf, 0.0, 0.0, (np.inf,) * len(RETENTIONS))
-                return _Candidate(step, tensor, ratios, unknown, spent)
+                return _Candidate(step, tensor, ratios, Measured((np.inf,), 0.0, 0.0), spent)
             measured = self._trial.measure(tensor, ratios)
             self._found[key] = _Candidate(step, tensor, ratios, measured, spent + cost)
             self._bar.update(min(self._budget, round(spent + cost)))
@@ -157,13 +171,12 @@ class _Search:
                 "step": c.step,
                 "head_layer": self._trial.layer_name(c.tensor),
                 "ratios": dict(c.ratios),
-                "acceptance": c.measured.acceptance,
-                "auroc": c.measured.auroc,
-                "accuracy": c.measured.accuracy,
                 **{
                     f"acceptance_at_{r:g}": a
-                    for r, a in zip(RETENTIONS, c.measured.at, strict=True)
+                    for r, a in zip(self._trial.retentions, c.measured.acceptance, strict=True)
                 },
+                "auroc": c.measured.auroc,
+                "accuracy": c.measured.accuracy,
                 "passes": c.passes,
                 "chosen": c is best,
             }
@@ -181,7 +194,7 @@ def _warn(best: _Candidate, trial: Trial, retention: float) -> None:
             "yourself.",
             stacklevel=4,
         )
-    passed = best.measured.acceptance
+    passed = best.measured.acceptance[trial.retentions.index(retention)]
     if passed > _GOAL:
         warnings.warn(
             f"No ratios were found that keep {retention:.0%} of the honest images and let no more "

@@ -87,17 +87,18 @@ def sample_classes(
         batches: Images with labels.
         per_class: Images of each class that are kept at most.
         rng: Decides which.
-        for_reference: Keep more, up to 8000 of each class, as long as 512 MiB hold them all.
+        for_reference: Keep more where `per_class` gives less than 8000 in all, as long as 512 MiB
+            hold as many of each class as single-precision numbers.
 
     Returns:
         The images that were kept. Which ones does not depend on the size of the batches, and those
         of a smaller `per_class` are the first of each class.
     """
     pools: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in range(batches.classes or 0)]
-    seen = 0
+    seen, asked = 0, per_class
     for images, labels in batches:
         if for_reference and not seen:
-            most = _SAMPLE_BYTES // (images[0].nbytes * len(pools))
+            most = _SAMPLE_BYTES // (4 * images[0].size * len(pools))
             per_class = max(per_class, min(_REFERENCE_ROWS, most))
         for priority, image, label in zip(rng.random(len(images)), images, labels, strict=True):
             pool, seen = pools[label], seen + 1
@@ -107,6 +108,10 @@ def sample_classes(
                 heapq.heapreplace(pool, (priority, seen, image.copy()))
     counts = np.array([len(pool) for pool in pools])
     check_every_class(counts)
+    if for_reference:
+        per_class = max(asked, _most_of_each(counts, _REFERENCE_ROWS))
+        pools = [heapq.nlargest(per_class, pool, key=itemgetter(0)) for pool in pools]
+        counts = np.minimum(counts, per_class)
     images = np.stack(
         [image for pool in pools for _, _, image in sorted(pool, key=itemgetter(0), reverse=True)]
     )
@@ -122,7 +127,8 @@ def choose_rows(
         counts: Int array of shape `(classes,)`: images of each class, which stand in this order.
         pairs: Int array of shape `(bodies, 2)`: the classes of each differentiator.
         head: `"pair"` takes no others.
-        rng: Chooses the others: as many of each class, 128 in all.
+        rng: Chooses the others: as many of each class that has so many, no image twice, 128 at
+            most.
     """
     ends = np.cumsum(counts)
     starts = ends - counts
@@ -139,9 +145,12 @@ def choose_rows(
         foreign = (order[..., None] != pairs[:, None]).all(axis=-1)
         order = order[foreign].reshape(len(pairs), classes - 2)
         labels = np.tile(order, rounds)[:, :_OTHERS]
-        others = starts[labels] + (rng.random(labels.shape) * counts[labels]).astype(int)
+        turn = np.arange(labels.shape[1]) // (classes - 2)
+        first = (rng.random((len(pairs), classes)) * counts).astype(int)
+        first = np.take_along_axis(first, labels, axis=1)
+        others = starts[labels] + (first + turn) % counts[labels]
         numbers = np.concatenate([numbers, others], axis=1)
-        used = np.concatenate([used, np.ones(others.shape, bool)], axis=1)
+        used = np.concatenate([used, turn < counts[labels]], axis=1)
         group = np.concatenate([group, np.full(others.shape[1], 2)])
     weight = np.zeros(numbers.shape)
     for part in np.unique(group):
@@ -217,13 +226,18 @@ def train_rivals(
     """
     classes = np.arange(len(sample.counts))
     most = min(_REFERENCE_ROWS, _SAMPLE_BYTES // (4 * width))
-    rows = np.minimum(sample.counts, np.arange(1, sample.counts.max() + 1)[:, None]).sum(axis=1)
-    sample = sample.first(max(2, int(np.sum(rows <= most))))
+    sample = sample.first(max(2, _most_of_each(sample.counts, most)))
     labels = np.repeat(classes, sample.counts)
     features = member_features(sample.images, reference)
     positive = labels[:, None] == classes
     heads = fit_heads(features[None], positive[None], (1 / sample.counts)[labels][None])
     return heads.kernel[0].T, heads.bias[0]
+
+
+def _most_of_each(counts: np.ndarray, rows: int) -> int:
+    """How many images of each class, or all where there are fewer, give at most `rows` in all."""
+    totals = np.minimum(counts, np.arange(1, counts.max() + 1)[:, None]).sum(axis=1)
+    return int(np.sum(totals <= rows))
 
 
 def _balanced(values: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -24,9 +24,6 @@ from keras_tl_defense.metrics import Auroc
 from keras_tl_defense.pruning.blocks import Block, channel_sources, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
-RETENTIONS = (0.9, 0.95, 0.99)
-"""At these, besides the one asked for, acceptance is measured."""
-
 _ATTACKS = 128  # images that are crafted at each layer
 _HELD_OUT = 0.12
 _STEPS, _BUDGET = 150, 0.02
@@ -39,17 +36,15 @@ class Measured(NamedTuple):
     """What a candidate is worth.
 
     Attributes:
-        acceptance: Crafted images that mislead the Student and are accepted, in all crafted ones,
-            at the retention asked for; of the attack that does best.
+        acceptance: Crafted images that mislead the Student and are accepted, in all crafted ones;
+            of the attack that does best; at each of `Trial.retentions`.
         auroc: Of the attack that is told from honest images worst.
         accuracy: Of the heads, on clean held-out images.
-        at: Acceptance at each of `RETENTIONS`.
     """
 
-    acceptance: float
+    acceptance: tuple[float, ...]
     auroc: float
     accuracy: float
-    at: tuple[float, ...]
 
 
 class Trial:
@@ -65,6 +60,8 @@ class Trial:
         rng: Decides what is held out, attacked and pruned.
 
     Attributes:
+        retentions: The one asked for, and those where twice and half as many honest images are
+            lost, in ascending order.
         cost: Images that measuring a candidate passes through the Student, for each training image;
             0 before `craft`.
     """
@@ -82,7 +79,9 @@ class Trial:
         self._student, self._preprocessing = student, preprocessing
         self._graph = graph = ModelGraph(student, "student")
         self._cut = graph.layer_output(cut)
-        self._retention, self._jitter = retention, jitter
+        self._jitter = jitter
+        lost = 1 - retention
+        self.retentions = (1 - min(2 * lost, (1 + lost) / 2), retention, 1 - lost / 2)
         self._images, self._seen = sample.images, sample.seen
         self._labels = np.repeat(np.arange(len(sample.counts)), sample.counts)
         self._held_out = _hold_out(sample.counts, rng)
@@ -91,7 +90,7 @@ class Trial:
         self._noise_seed = int(rng.integers(2**63))
         self._blocks = {block.name: block for block in _prunable(graph, self._cut)}
         self._attacks: list[tuple[np.ndarray, np.ndarray, int]] = []
-        self._honest = self._answered_held_out()
+        self._answerable = self._answered_held_out()
         self._activations = ClassActivations(student, list(self._blocks), cut=cut)
         batches = Batches(
             self._images,
@@ -113,22 +112,27 @@ class Trial:
         before = {b.name for b in find_blocks(self._graph, before=tensor)}
         return [name for name in self._blocks if name in before]
 
-    def head_tensors(self, head_layer: str | None) -> list[int]:
-        """The tensors that the heads may read: the one named, or the cut and some before it."""
-        if head_layer is not None:
-            return [self._graph.layer_output(head_layer)]
-        shapes = self._graph.shapes
+    def head_tensors(self, most_features: int) -> list[int]:
+        """The tensors that the heads may read: the cut and some before it.
+
+        Args:
+            most_features: Larger tensors are left out.
+        """
         smallest: dict[Any, int] = {}
         for tensor in self._graph.bottlenecks(self._cut):
-            size = tf.TensorShape(shapes[tensor][1:]).num_elements()
-            if size is None or size > _MOST_FEATURES or not self.names(tensor):
+            size = self.size(tensor)
+            if size > min(_MOST_FEATURES, most_features) or not self.names(tensor):
                 continue
-            place = shapes[tensor][1:-1] or size
-            known = smallest.get(place)
-            if known is None or size <= (tf.TensorShape(shapes[known][1:]).num_elements() or 0):
+            place = self._graph.shapes[tensor][1:-1] or size
+            if place not in smallest or size <= self.size(smallest[place]):
                 smallest[place] = tensor
         chosen = [t for t in sorted(smallest.values()) if not self._only_reshaped(t)]
-        return [*chosen[: _MOST_LAYERS - 1], self._cut]
+        cut = [self._cut] if self.size(self._cut) <= most_features else []
+        return [*chosen[: _MOST_LAYERS - 1], *cut]
+
+    def size(self, tensor: int) -> int:
+        """Numbers in a tensor, of one image."""
+        return int(tf.TensorShape(self._graph.shapes[tensor][1:]).num_elements() or 0)
 
     def _only_reshaped(self, tensor: int) -> bool:
         """Whether the cut is this tensor, or holds the same numbers in another shape."""
@@ -139,7 +143,7 @@ class Trial:
     def craft(self, tensors: list[int], rng: np.random.Generator, verbose: int | str) -> None:
         """Craft mimicry examples at the cut and wherever the heads may read."""
         right = self._student_class(self._images) == self._labels
-        numbers = np.flatnonzero(self._held_out & self._honest & right)
+        numbers = np.flatnonzero(self._held_out & self._answerable & right)
         if len(np.unique(self._labels[numbers])) < 2:
             raise ValueError(
                 "The search needs training images of at least two classes that the Student answers "
@@ -179,7 +183,7 @@ class Trial:
         fit = ~self._held_out
         weight = 1 / np.bincount(self._labels[fit])[self._labels[fit]]
         positive = self._labels[fit][:, None] == classes
-        right = self._held_out & self._honest
+        right = self._held_out & self._answerable
         known, honest = self._labels[fit], self._labels[right]
         accuracy = 0.0
         # Of each body, the margins of the images that heads are fitted on, held out, and crafted.
@@ -198,7 +202,7 @@ class Trial:
                 if len(images):
                     margins.append(body(images, mask) @ kernel + bias)
         scores = np.concatenate(
-            [_scores(left_out, known)[self._honest[fit]], _scores(held_out, honest)]
+            [_scores(left_out, known)[self._answerable[fit]], _scores(held_out, honest)]
         )
         crafted_scores = [
             _scores(margins, answered) if margins else np.zeros(0, np.float32)
@@ -214,17 +218,17 @@ class Trial:
 
         separation = [Auroc.of(scores, v).auroc for v in crafted_scores if len(v)]
         return Measured(
-            accepted(self._retention),
+            tuple(accepted(retention) for retention in self.retentions),
             min(separation, default=1.0),
             accuracy / len(self._pairs),
-            tuple(accepted(retention) for retention in RETENTIONS),
         )
 
     def _answered_held_out(self) -> np.ndarray:
         """Which images a Student that was not trained on them would answer rightly.
 
         The Student itself knows its training images by heart, the hard ones too. So these answers
-        are those of linear heads at the cut, each image left out in turn.
+        are those of linear heads at the cut, each image left out in turn. Of images that come in
+        nearly equal ones, as the frames of a film, that is too good.
         """
         features = self._unpruned(self._cut, self._images)
         positive = self._labels[:, None] == np.arange(self._labels.max() + 1)
