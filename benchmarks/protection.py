@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from students import CASES, Case, load_attacks, load_case
 
 import keras_tl_defense as ktd
 from keras_tl_defense.attacks import AttackResult
+from keras_tl_defense.ensemble.calibration import score_threshold
+from keras_tl_defense.metrics import Auroc
 
 UNIFORM = {
     "unpruned": {},
@@ -31,6 +34,7 @@ UNIFORM = {
     "first 0.85": {"conv1*": 0.85},
 }
 HEADS = ("pair", "one_vs_rest")
+AUTO = "auto, one_vs_rest"
 
 
 def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -40,7 +44,7 @@ def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
         for head in HEADS:
             found.append((f"{label}, {head}", {"ratios": ratios, "head": head, "jitter": 0}))
     # The search does not depend on the head, so what it finds serves both.
-    found += [("auto, one_vs_rest", {}), ("auto, pair", {"head": "pair", "ratios": "found"})]
+    found += [(AUTO, {}), ("auto, pair", {"head": "pair", "ratios": "found"})]
     if name == "gtsrb-mid":
         ratios = {"conv1*": 0.85, "conv3*": 0.5, "fc": 0.5}
         for rounds in (1, 5):
@@ -113,8 +117,7 @@ def transformations(case: Case, attacks: dict[str, AttackResult]) -> list[dict[s
 
         val, test = case.student_class(case.x_val), case.student_class(case.x_test)
         right = val == case.y_val
-        scores = np.sort(margins(case.x_val[right], val[right]))
-        threshold = scores[int(0.05 * (len(scores) + 1)) - 1]
+        threshold = score_threshold(margins(case.x_val[right], val[right]), 0.95)
         right = test == case.y_test
         honest = margins(case.x_test, test)
         row: dict[str, Any] = {
@@ -137,9 +140,7 @@ def transformations(case: Case, attacks: dict[str, AttackResult]) -> list[dict[s
             row[f"{kind} defended_success n"] = len(classes)
             own = np.sort(honest[right])[int(0.05 * right.sum())]
             row[f"{kind} at 0.95"] = int(np.sum(reached & (crafted >= own)))
-            above = honest[right][:, None] > crafted[reached]
-            ties = honest[right][:, None] == crafted[reached]
-            row[f"{kind} AUROC"] = float(np.mean(above + 0.5 * ties))
+            row[f"{kind} AUROC"] = Auroc.of(honest[right], crafted[reached]).auroc
         rows.append(row)
     return rows
 
@@ -150,9 +151,9 @@ def jpeg(x: np.ndarray) -> np.ndarray:
     return np.stack([tf.io.decode_jpeg(image).numpy() for image in encoded])
 
 
-def row_path(cache: Path, name: str, label: str) -> Path:
-    """Where the rows of a Student and a defence are kept."""
-    return cache / f"row-{name}-{label.replace(' ', '_')}.json"
+def row_path(cache: Path, name: str, label: str, attacks: int) -> Path:
+    """Where the rows of a Student and a defence are kept; of this version of the library."""
+    return cache / f"row-{ktd.__version__}-{name}-{attacks}-{label.replace(' ', '_')}.json"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -189,15 +190,18 @@ def main() -> None:
     parser.add_argument("--attacks", type=int, default=300)
     parser.add_argument("--only", default="", help="measure defences whose name contains this")
     arguments = parser.parse_args()
+    place = partial(row_path, arguments.cache, attacks=arguments.attacks)
     for name in arguments.students:
         case = load_case(name, arguments.data, arguments.cache)
         attacks = load_attacks(case, arguments.cache, arguments.attacks)
         for label, options in [*configurations(name), ("transformations", {})]:
-            path = row_path(arguments.cache, name, label)
+            path = place(name, label)
             if path.exists() or arguments.only not in label:
                 continue
             if options.get("ratios") == "found":
-                known = pd.read_json(row_path(arguments.cache, name, "auto, one_vs_rest")).iloc[0]
+                if not place(name, AUTO).exists():
+                    parser.error(f"Measure {AUTO!r} first, which searches the ratios")
+                known = pd.read_json(place(name, AUTO)).iloc[0]
                 options |= {"ratios": known["ratios"], "head_layer": known["head layer"]}
             if label == "transformations":
                 rows = transformations(case, attacks)
@@ -206,7 +210,7 @@ def main() -> None:
             pd.DataFrame(rows).to_json(path, orient="records")
             print(markdown(pd.DataFrame(rows)), flush=True)
     paths = [
-        row_path(arguments.cache, name, label)
+        place(name, label)
         for name in CASES
         for label, _ in [*configurations(name), ("transformations", {})]
     ]
