@@ -3,14 +3,16 @@
     python benchmarks/protection.py DATA CACHE [--students lfw-flatten …] [--attacks 300]
 
 `DATA` holds gtsrb32.npz, lfw64.npz and the Teachers; Students, crafted images and finished rows are
-kept in `CACHE`, so that a run that was stopped goes on. Attacks are mimicry at the cut, 600 steps,
-on test images. Thresholds are calibrated on validation images. Writes `protection.csv` and
-`protection.md` to `CACHE`.
+kept in `CACHE`, so that a run that was stopped goes on. Rows are made again when the library
+changed, Students and crafted images are not. Attacks are mimicry at the cut, 600 steps, on test
+images. Thresholds are calibrated on validation images. Writes `protection.csv` and `protection.md`
+to `CACHE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,11 @@ def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
         for head in HEADS:
             found.append((f"{label}, {head}", {"ratios": ratios, "head": head, "jitter": 0}))
     # The search does not depend on the head, so what it finds serves both.
-    found += [(AUTO, {}), ("auto, pair", {"head": "pair", "ratios": "found"})]
+    found += [
+        (AUTO, {}),
+        ("auto, pair", {"head": "pair", "ratios": "found"}),
+        ("unpruned, heads as auto", {"ratios": "found", "unpruned": True}),
+    ]
     if name == "gtsrb-mid":
         ratios = {"conv1*": 0.85, "conv3*": 0.5, "fc": 0.5}
         for rounds in (1, 5):
@@ -101,9 +107,10 @@ def measure(
 
 
 def transformations(case: Case, attacks: dict[str, AttackResult]) -> list[dict[str, Any]]:
-    """The cheap alternative: the Student's own margin after a median filter, or JPEG."""
+    """The cheap alternative: the Student's own margin, also after a median filter or JPEG."""
     rows = []
     for label, transform in (
+        ("the Student's own margin", lambda x: x),
         ("median 2×2", lambda x: median_filter(x, (1, 2, 2, 1))),
         ("median 3×3", lambda x: median_filter(x, (1, 3, 3, 1))),
         ("JPEG 50", jpeg),
@@ -152,8 +159,10 @@ def jpeg(x: np.ndarray) -> np.ndarray:
 
 
 def row_path(cache: Path, name: str, label: str, attacks: int) -> Path:
-    """Where the rows of a Student and a defence are kept; of this version of the library."""
-    return cache / f"row-{ktd.__version__}-{name}-{attacks}-{label.replace(' ', '_')}.json"
+    """Where the rows of a Student and a defence are kept; of the library as it is now."""
+    sources = sorted(Path(ktd.__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    return cache / f"row-{code}-{name}-{attacks}-{label.replace(' ', '_')}.json"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -202,7 +211,8 @@ def main() -> None:
                 if not place(name, AUTO).exists():
                     parser.error(f"Measure {AUTO!r} first, which searches the ratios")
                 known = pd.read_json(place(name, AUTO)).iloc[0]
-                options |= {"ratios": known["ratios"], "head_layer": known["head layer"]}
+                ratios = {} if options.pop("unpruned", False) else known["ratios"]
+                options |= {"ratios": ratios, "head_layer": known["head layer"]}
             if label == "transformations":
                 rows = transformations(case, attacks)
             else:

@@ -2,9 +2,10 @@
 
     python benchmarks/stronger_attacks.py DATA CACHE [--students gtsrb-mid …] [--attacks 100]
 
-Targeted and non-targeted mimicry on test images: at the cut as in `protection.py`, with 1000 steps
-instead of 600, with twice the DSSIM budget, and at the very layer that the heads read. `DATA` and
-`CACHE` are as for `protection.py`.
+Targeted and non-targeted mimicry on test images: at the cut as in `protection.py`, with targets
+that are like their sources instead of random ones, at the very layer that the heads read, with 1000
+steps instead of 600, and with twice the DSSIM budget. `DATA` and `CACHE` are as for
+`protection.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def main() -> None:
         defence.calibrate(case.x_val, case.y_val, verbose=0)
         variants: dict[str, dict[str, Any]] = {
             "at the cut, 600 steps": {},
+            "likest targets": {"likest": True},
+            f"at {defence.head_layer}": {"layer": defence.head_layer},
             "1000 steps": {"steps": 1000},
             f"DSSIM {2 * case.budget:g}": {"budget": 2 * case.budget},
-            f"at {defence.head_layer}": {"layer": defence.head_layer},
         }
         for label, options in variants.items():
             attacks = load_attacks(case, arguments.cache, arguments.attacks, **options)

@@ -136,6 +136,7 @@ def load_attacks(
     budget: float | None = None,
     steps: int = 600,
     layer: str | None = None,
+    likest: bool = False,
     verbose: int | str = 0,
 ) -> dict[str, AttackResult]:
     """Read or craft targeted and non-targeted mimicry.
@@ -148,6 +149,8 @@ def load_attacks(
         budget: DSSIM budget; the case's by default.
         steps: Steps of each attack.
         layer: Name of the Teacher's layer that is imitated; the cut by default.
+        likest: Takes targets that are like their sources, from all images of the part, in place of
+            random ones. A targeted attack then aims at the likest class.
         verbose: 0 shows no progress bar.
     """
     budget = case.budget if budget is None else budget
@@ -159,15 +162,19 @@ def load_attacks(
     results = {}
     plan = None
     for kind in ("targeted", "non-targeted"):
-        place = "" if layer == case.cut else f"-{layer}"
+        place = ("" if layer == case.cut else f"-{layer}") + "-likest" * likest
         path = cache / f"{case.name}-{part}-{kind}-{count}-{budget:g}-{steps}{place}.npz"
         if not path.exists():
             plan = plan or ktd.attacks.plan_attacks(y, case.student_class(x), count, seed=1)
             source, y_source = x[plan.sources], y[plan.sources]
+            targets, candidates = plan.targets, plan.candidates
+            if likest:
+                candidates = attack.likest(source, y_source, x, y)
+                targets = candidates[:, 0]
             if kind == "targeted":
-                result = attack(source, x[plan.targets], y_source, y[plan.targets], verbose=verbose)
+                result = attack(source, x[targets], y_source, y[targets], verbose=verbose)
             else:
-                result = attack.untargeted(source, x[plan.candidates], y_source, verbose=verbose)
+                result = attack.untargeted(source, x[candidates], y_source, verbose=verbose)
             values = {f.name: getattr(result, f.name) for f in fields(AttackResult)}
             np.savez(path, **{k: v for k, v in values.items() if v is not None})
         with np.load(path) as file:

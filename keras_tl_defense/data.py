@@ -82,7 +82,8 @@ class Batches:
             return
         seen = 0
         for element in self._dataset.as_numpy_iterator():
-            images, labels = element[:2] if isinstance(element, tuple) else (element, None)
+            parts = element if isinstance(element, tuple) else (element,)
+            images, labels = (*parts, None)[:2]
             images = self._checked(check_images(images, self.shape), seen)
             seen += len(images)
             if self.classes is None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Images
+from conftest import CLASSES, Images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
@@ -153,6 +153,26 @@ def test_untargeted_takes_the_candidate_that_is_imitated_best(trained: Trained) 
     assert success >= targeted.reached(trained.classes(targeted.adversarial)).mean()
 
 
+def test_likest_are_the_nearest_of_other_classes(student: Any, images: Images) -> None:
+    attack = MimicryAttack(student, "flatten")
+    x, y = images.x_test[::7], images.y_test[::7]
+    chosen = attack.likest(x, y, images.x_train, images.y_train, count=3)
+    until = keras.Model(student.inputs, student.get_layer("flatten").output)
+    own, pool = (until.predict(a.astype(np.float32), verbose=0) for a in (x, images.x_train))
+    for number, row in enumerate(chosen):
+        relative = np.linalg.norm(own[number] - pool, axis=1) / np.linalg.norm(pool, axis=1)
+        best = {
+            label: relative[images.y_train == label].min()
+            for label in range(CLASSES)
+            if label != y[number]
+        }
+        np.testing.assert_allclose(relative[row], sorted(best.values())[:3], rtol=1e-3)
+        assert len({*images.y_train[row], y[number]}) == 4
+    assert attack.likest(x, y, images.x_train, images.y_train, count=50).shape[1] == CLASSES - 1
+    with pytest.raises(ValueError, match="of another class than their sources"):
+        attack.likest(x[:1], y[:1], x[:1], y[:1])
+
+
 def test_any_layer_of_sequential_and_nested_teachers(student: Any, images: Images) -> None:
     """The Student itself serves as a Teacher, its layers nested in it."""
     base = student.get_layer("base")
@@ -232,6 +252,8 @@ def test_plan_attacks() -> None:
         plan_attacks(y, answered, 0)
     with pytest.raises(ValueError, match="at least two classes"):
         plan_attacks(y, np.full(200, 3), 5)
+    with pytest.raises(ValueError, match=r"y\.shape=\(200,\), student_class\.shape=\(199,\)"):
+        plan_attacks(y, answered[1:], 5)
 
 
 class TestBadInput:

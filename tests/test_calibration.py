@@ -36,6 +36,10 @@ def test_of_exchangeable_inputs_the_share_asked_is_kept(
     assert sum(kept) * 100 >= percent * len(scores)
 
 
+def test_a_retention_of_next_to_nothing() -> None:
+    assert score_threshold(np.arange(9.0), 1e-12) == 8
+
+
 @given(st.integers(1, 200), st.integers(1, 99))
 def test_no_more_is_kept_than_must_be_and_too_few_images_are_refused(n: int, percent: int) -> None:
     """The next higher score as the threshold would keep too few."""

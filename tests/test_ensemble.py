@@ -176,7 +176,14 @@ def test_answers_do_not_depend_on_batch_order_or_container(defence: Any, images:
     order = np.random.default_rng(0).permutation(len(x))
     np.testing.assert_array_equal(defence.predict(x[order], verbose=0), answer[order])
     dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x), np.int64))).batch(9)
-    for data in (x.astype(np.float64), tf.constant(x), dataset, dataset.map(lambda a, b: a)):
+    alone = dataset.map(lambda a, b: a)
+    for data in (
+        x.astype(np.float64),
+        tf.constant(x),
+        dataset,
+        alone,
+        alone.map(lambda a: (a,)),
+    ):
         np.testing.assert_array_equal(defence.predict(data, verbose=0), answer)
 
 

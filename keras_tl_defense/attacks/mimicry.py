@@ -137,6 +137,55 @@ class MimicryAttack:
                 )
         return self._attack(source, target, source_classes, target_classes, verbose)
 
+    def likest(
+        self, x_source: Any, y_source: Any, x_pool: Any, y_pool: Any, count: int = 5
+    ) -> np.ndarray:
+        """Choose for each source the targets that the Teacher takes for most like it.
+
+        An attacker to whom any wrong answer will do need not take targets at random. Likeness is
+        the distance of the layer's features, in relation to the length of the target's.
+
+        Args:
+            x_source: Images of shape `(n, H, W, C)` in 0..255.
+            y_source: Their integer classes, shape `(n,)`.
+            x_pool: Images of shape `(p, H, W, C)` that may be targets.
+            y_pool: Their integer classes, shape `(p,)`.
+            count: Targets for each source, all of different classes. Defaults to `5`.
+
+        Returns:
+            Int array of shape `(n, count)`: numbers of images of the pool, the likest first, of
+            classes other than the source's; fewer columns where the pool has fewer classes.
+
+        Raises:
+            ValueError: The images do not fit the Teacher, are not in 0..255, or all are of a
+                source's class.
+
+        Example:
+            >>> candidates = attack.likest(x_source, y_source, x_target, y_target, count=2)
+            >>> result = attack.untargeted(x_source, x_target[candidates], y_source)
+        """
+        source, pool = self._check(x_source, "x_source"), self._check(x_pool, "x_pool")
+        own = _check_classes(y_source, len(source), "y_source")
+        others = _check_classes(y_pool, len(pool), "y_pool")
+        count = check_integer("count", count, 1)
+        if own is None or others is None or any((others == label).all() for label in own):
+            raise ValueError(
+                "Targets must be of another class than their sources. Pass the classes of both, "
+                f"and a pool with more than one. Received: {0 if others is None else len(pool)} "
+                "images in the pool with classes"
+            )
+        wanted, given = self._features_of(pool), self._features_of(source)
+        square = np.sum(wanted**2, axis=1)
+        apart = np.sum(given**2, axis=1)[:, None] + square - 2 * given @ wanted.T
+        relative = apart / np.maximum(square, 1e-12)
+        relative[own[:, None] == others] = np.inf
+        classes = np.unique(others)
+        members = [np.flatnonzero(others == label) for label in classes]
+        nearest = np.stack([m[relative[:, m].argmin(axis=1)] for m in members], axis=1)
+        order = np.take_along_axis(relative, nearest, axis=1).argsort(axis=1, kind="stable")
+        least = min(count, int(min(np.sum(classes != label) for label in own)))
+        return np.take_along_axis(nearest, order[:, :least], axis=1)
+
     def untargeted(
         self,
         x_source: Any,
@@ -179,7 +228,8 @@ class MimicryAttack:
         probe = min(_PROBE_STEPS, self.steps)
         bar = self._progress(n * m, probe, verbose)
         _, distance, _ = self._craft(np.repeat(source, m, axis=0), flat, probe, bar)
-        relative = distance / np.maximum(self._feature_lengths(flat), 1e-12)
+        lengths = np.linalg.norm(self._features_of(flat), axis=1)
+        relative = distance / np.maximum(lengths, 1e-12)
         best = relative.reshape(n, m).argmin(axis=1)
         target = candidates[np.arange(n), best]
         return self._attack(source, target, source_classes, None, verbose)
@@ -272,10 +322,10 @@ class MimicryAttack:
         features = self._graph.run(images, [self._tensor])[self._tensor]
         return tf.reshape(tf.cast(features, tf.float32), (tf.shape(features)[0], -1))
 
-    def _feature_lengths(self, images: np.ndarray) -> np.ndarray:
+    def _features_of(self, images: np.ndarray) -> np.ndarray:
         starts = range(0, len(images), self.batch_size)
         parts = [tf.constant(images[s : s + self.batch_size], tf.float32) for s in starts]
-        return np.concatenate([np.linalg.norm(self._features(part), axis=1) for part in parts])
+        return np.concatenate([self._features(part).numpy() for part in parts])
 
     def _run_steps(
         self,

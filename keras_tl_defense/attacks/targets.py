@@ -28,6 +28,8 @@ def plan_attacks(
 ) -> AttackPlan:
     """Choose sources and targets at random among the images that the Student answers rightly.
 
+    `MimicryAttack.likest` chooses targets that are like their sources, which fools more often.
+
     Args:
         y: True classes of test images, int array of shape `(n,)`.
         student_class: The Student's classes of the same images, same shape.
@@ -55,8 +57,13 @@ def plan_attacks(
     count = check_integer("count", count, 1)
     candidates = check_integer("candidates", candidates, 1)
     rng = np.random.default_rng(seed)
-    y = np.asarray(y)
-    right = np.flatnonzero(np.asarray(student_class) == y)
+    y, student_class = np.asarray(y), np.asarray(student_class)
+    if y.ndim != 1 or y.shape != student_class.shape:
+        raise ValueError(
+            "There must be one class of the Student for each label. "
+            f"Received: y.shape={y.shape}, student_class.shape={student_class.shape}"
+        )
+    right = np.flatnonzero(student_class == y)
     classes = np.unique(y[right])
     if len(classes) < 2:
         raise ValueError(

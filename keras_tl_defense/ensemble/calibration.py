@@ -53,4 +53,4 @@ def score_threshold(scores: np.ndarray, retention: float) -> float:
             "answers rightly and was not trained on. Give more, or ask for less. "
             f"Received: {len(scores)} such images, retention={retention:g}"
         )
-    return float(np.sort(scores)[rank - 1])
+    return float(np.sort(scores)[min(rank, len(scores)) - 1])

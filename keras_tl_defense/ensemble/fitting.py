@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +93,14 @@ def fit_differentiators(
         members = np.flatnonzero(accuracy < _FLOOR)
         if not len(members) or not bank.blocks:
             break
+    if len(members):
+        classes = ", ".join(map(str, np.unique(bank.pairs[members])))
+        warnings.warn(
+            f"{len(members)} of {len(bank.pairs)} differentiators tell fewer than {_FLOOR:.0%} of "
+            "held-out images rightly and will reject honest ones. Give more images of their "
+            f"classes: {classes}.",
+            stacklevel=3,
+        )
     width = bank.rival_kernel.shape[0]
     bank.set_rivals(*train_rivals(body_values, sample, bank.reference, width))
     return history

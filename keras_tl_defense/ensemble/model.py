@@ -348,7 +348,8 @@ class DifferentiatorEnsemble(keras.Model):
         `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
         rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
-        The reference, one more body, gets a head for each class, fitted on up to 8000 images.
+        The reference, one more body, gets a head for each class, fitted on up to 8000 images. Where
+        images have near twins, frames of a film or mirrored copies, held-out figures are too good.
 
         Args:
             x: Training images, as for `adapt`.
@@ -423,7 +424,8 @@ class DifferentiatorEnsemble(keras.Model):
             verbose: 0 shows no progress bar.
 
         Returns:
-            The share that is kept of the images given, with its interval; also in `calibration`.
+            The share that is kept of the images given, with its interval; also in `calibration`. It
+            is near the one asked for by construction: whether it holds, only other images tell.
 
         Raises:
             RuntimeError: `fit` was not called.

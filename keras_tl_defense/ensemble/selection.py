@@ -1,6 +1,7 @@
 """Which differentiators check an input: a keyed draw, one for each example.
 
-The draw is a pseudo-random function (SipHash-2-4) of the input under a secret 128-bit key. The same
+The draw is a pseudo-random function (SipHash-2-4) of a 64-bit fingerprint of the input under a
+secret 128-bit key. The fingerprint has no key, so images that share one can be sought. The same
 input gets the same members in every batch, replica and process, so that trying again does not help,
 and without the key nobody can tell which.
 
