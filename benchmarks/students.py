@@ -54,7 +54,7 @@ class Case:
         return np.asarray(self.student.predict(self.prepared(x), verbose=0).argmax(axis=1))
 
     def augmented(self) -> tuple[np.ndarray, np.ndarray]:
-        """The training images and labels as the Student saw them: faces are mirrored, too."""
+        """The training images and labels; faces are mirrored, too, as the Student saw them."""
         if self.name == "gtsrb-mid":
             return self.x_train, self.y_train
         return np.concatenate([self.x_train, self.x_train[:, :, ::-1]]), np.tile(self.y_train, 2)

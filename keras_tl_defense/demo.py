@@ -201,7 +201,8 @@ class Demo:
             "among them. Success: within budget and "
             "answered as the target (targeted) or not as the source (non-targeted). The draw of "
             "the differentiators is secret and new in every run, so the defended rates differ a "
-            "little from run to run.\n\n"
+            "little from run to run. Who knows the seed can recompute the masks: leave it out for "
+            "a defence that you ship.\n\n"
             f"Seconds: {seconds}.\n"
         )
 

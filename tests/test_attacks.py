@@ -154,11 +154,13 @@ def test_untargeted_takes_the_candidate_that_is_imitated_best(trained: Trained) 
 
 
 def test_likest_are_the_nearest_of_other_classes(student: Any, images: Images) -> None:
-    attack = MimicryAttack(student, "flatten")
+    attack = MimicryAttack(student, "base")
     x, y = images.x_test[::7], images.y_test[::7]
     chosen = attack.likest(x, y, images.x_train, images.y_train, count=3)
-    until = keras.Model(student.inputs, student.get_layer("flatten").output)
-    own, pool = (until.predict(a.astype(np.float32), verbose=0) for a in (x, images.x_train))
+    own, pool = (
+        student.get_layer("base").predict(a.astype(np.float32), verbose=0).reshape(len(a), -1)
+        for a in (x, images.x_train)
+    )
     for number, row in enumerate(chosen):
         relative = np.linalg.norm(own[number] - pool, axis=1) / np.linalg.norm(pool, axis=1)
         best = {

@@ -161,6 +161,7 @@ class MimicryAttack:
                 source's class.
 
         Example:
+            >>> attack = MimicryAttack(teacher, layer="flatten", steps=60)
             >>> candidates = attack.likest(x_source, y_source, x_target, y_target, count=2)
             >>> result = attack.untargeted(x_source, x_target[candidates], y_source)
         """
