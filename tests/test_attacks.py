@@ -95,7 +95,7 @@ def trained() -> Trained:
 def test_success_rises_with_the_budget_until_nothing_resists(trained: Trained) -> None:
     misled, reached, distance = [], [], []
     for budget in (1e-4, 0.01, 1.0):
-        result = trained.attack(budget=budget, steps=1000)
+        result = trained.attack(budget=budget, steps=500)
         answered = trained.classes(result.adversarial)
         assert result.within_budget.all()
         misled.append((answered != result.y_source).mean())

@@ -16,7 +16,7 @@ import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import base, mimicry, targets
-from keras_tl_defense.ensemble import calibration, heads, model
+from keras_tl_defense.ensemble import calibration, heads, model, search, trial
 from keras_tl_defense.evaluation import plots, report, roc
 from keras_tl_defense.pruning import masks, ratios
 
@@ -96,6 +96,8 @@ def test_docstrings_of_results(
 
 def test_readme(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its Python, one block after the other."""
+    monkeypatch.setattr(trial, "_STEPS", 20)
+    monkeypatch.setattr(search, "_GRID", (0.5,))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
