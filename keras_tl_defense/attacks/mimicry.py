@@ -229,7 +229,9 @@ class MimicryAttack:
         probe = min(_PROBE_STEPS, self.steps)
         bar = self._progress(n * m, probe, verbose)
         _, distance, _ = self._craft(np.repeat(source, m, axis=0), flat, probe, bar)
-        lengths = np.linalg.norm(self._features_of(flat), axis=1)
+        starts = range(0, len(flat), self.batch_size)
+        parts = [self._features_of(flat[s : s + self.batch_size]) for s in starts]
+        lengths = np.concatenate([np.linalg.norm(part, axis=1) for part in parts])
         relative = distance / np.maximum(lengths, 1e-12)
         best = relative.reshape(n, m).argmin(axis=1)
         target = candidates[np.arange(n), best]
