@@ -132,11 +132,16 @@ def test_it_finds_the_ratios_with_the_fewest_accepted(
     assert (found.ratios, found.head_layer) == ({"a": 0.7, "b": 0.92}, "early")
     history = found.history
     steps = history["step"].tolist()
-    assert steps[:4] == ["head layer", "head layer", "sensitivity", "step"]
-    assert history["ratios"].map(len).min() == 0
-    assert history["head_layer"].tolist() == ["early", "cut", *["early"] * (len(steps) - 2)]
+    assert steps[:6] == [*["head layer"] * 4, *["sensitivity"] * 2]
+    assert set(steps[6:-1]) == {"step"}
+    assert (steps[-1], history["ratios"].iloc[-1]) == ("nothing pruned", {})
+    assert history["head_layer"].tolist() == [
+        *["early"] * 2,
+        *["cut"] * 2,
+        *["early"] * (len(steps) - 4),
+    ]
     losses = history[[f"acceptance_at_{r:g}" for r in Prescribed.retentions]].mean(axis=1)
-    assert losses[history["chosen"]].item() == losses.min() < losses[3:].median()
+    assert losses[history["chosen"]].item() == losses.min() < losses[4:].median()
     np.testing.assert_allclose(history["passes"], 2 * np.arange(1, len(steps) + 1))
 
 

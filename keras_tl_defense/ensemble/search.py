@@ -22,7 +22,8 @@ from keras_tl_defense.graph import ModelGraph
 
 _IMAGES = 1500  # about as many are searched on; at least eight of each class
 _FEATURE_BYTES = 512 << 20  # of all of them at the cut, where it is large
-_FIRST = 0.85
+_PROBES = (0.5, 0.85)  # for the first prunable layer, to compare the layers that heads may read
+_ALONE = 0.7  # for each layer alone
 _GRID = (0.0, 0.5, 0.7, 0.85, 0.92)
 _GOAL = 0.1  # of crafted images accepted; more is a warning
 
@@ -61,11 +62,11 @@ def search_ratios(
 ) -> Found:
     """Find the ratios under which the fewest crafted images are accepted.
 
-    First each layer that the heads may read, with the first prunable one; then each prunable layer
-    alone; then one layer's ratio after the other, the most telling first; last, that nothing is
-    pruned, for comparison. All as long as the budget lasts. "Fewest" is an average of the shares
-    accepted at the retention asked for, and where twice and half as many honest images are lost, as
-    each comes from few images.
+    First each layer that the heads may read, with two ratios of the first prunable one; then, at
+    the best of these, each prunable layer alone; then one layer's ratio after the other, the most
+    telling first; last, that nothing is pruned, for comparison. All as long as the budget lasts.
+    "Fewest" is an average of the shares accepted at the retention asked for, and where twice and
+    half as many honest images are lost, as each comes from few images.
 
     Args:
         student: The Student.
@@ -110,15 +111,17 @@ def search_ratios(
     bar = keras.utils.Progbar(budget, verbose=0 if verbose == 0 else 1, unit_name="pass")
     search = _Search(trial, budget, bar)
     for tensor in layers:
-        search.measure("head layer", tensor, {trial.names(tensor)[0]: _FIRST})
+        for ratio in _PROBES:
+            search.measure("head layer", tensor, {trial.names(tensor)[0]: ratio})
     tensor = search.best().tensor
     names = trial.names(tensor)
-    alone = {name: search.measure("sensitivity", tensor, {name: _FIRST}).loss for name in names}
+    alone = {name: search.measure("sensitivity", tensor, {name: _ALONE}).loss for name in names}
     for name in sorted(names, key=lambda name: (alone[name], names.index(name))):
         for ratio in _GRID:
             start = search.best(tensor).ratios
-            changed = {**start, name: ratio}
-            search.measure("step", tensor, {k: v for k, v in changed.items() if v})
+            changed = {k: v for k, v in {**start, name: ratio}.items() if v}
+            if changed:
+                search.measure("step", tensor, changed)
     search.measure("nothing pruned", tensor, {})
     best = search.best(tensor)
     _warn(best, trial, retention)
