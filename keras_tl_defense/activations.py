@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.data import Batches, check_every_class
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import find_blocks
+from keras_tl_defense.pruning.blocks import Block, find_blocks
 
 
 class ClassActivations:
@@ -25,12 +25,13 @@ class ClassActivations:
     Args:
         model: A built Functional or Sequential Keras model whose last dimension of output is the
             number of classes.
-        layers: Names of the layers to look at. Defaults to every prunable one.
+        layers: Names of the layers to look at. Defaults to every one that can be pruned.
         cut: Name of a layer; only what comes before it, and it, is looked at. Defaults to the last.
 
     Attributes:
         layers: Names of the layers looked at.
         classes: Number of classes.
+        graph: The model's layer calls, a `ModelGraph`.
         counts: After `adapt`, int array of shape `(classes,)`: images seen of each class.
 
     Raises:
@@ -49,17 +50,21 @@ class ClassActivations:
     def __init__(
         self, model: Any, layers: Sequence[str] | None = None, *, cut: str | None = None
     ) -> None:
-        self._graph = ModelGraph(model)
-        blocks = find_blocks(self._graph, None if cut is None else self._graph.layer_output(cut))
+        self.graph = ModelGraph(model)
+        blocks = find_blocks(self.graph, None if cut is None else self.graph.layer_output(cut))
         unknown = set(layers or ()) - {block.name for block in blocks}
         if unknown:
             raise ValueError(
                 f"No prunable layer is called {', '.join(sorted(map(repr, unknown)))}. Those are: "
                 f"{', '.join(block.name for block in blocks)}. Received: layers={layers!r}"
             )
-        self._blocks = [b.checked() for b in blocks if layers is None or b.name in layers]
+        self._blocks = [
+            block.checked()
+            for block in blocks
+            if (block.problem is None if layers is None else block.name in layers)
+        ]
         self.layers = [block.name for block in self._blocks]
-        self.classes = int(self._graph.shapes[self._graph.output][-1] or 0)
+        self.classes = int(self.graph.shapes[self.graph.output][-1] or 0)
         self.counts = np.zeros(self.classes, np.int64)
         self._means: dict[str, np.ndarray] = {}
 
@@ -78,7 +83,7 @@ class ClassActivations:
         Raises:
             ValueError: A class has no image, or the data does not fit the model.
         """
-        shape = self._graph.input_shape
+        shape = self.graph.input_shape
         batches = Batches(x, y, shape=shape, classes=self.classes, batch_size=batch_size)
         self.adapt_batches(batches, verbose=verbose)
 
@@ -97,10 +102,10 @@ class ClassActivations:
         """
         wanted = {block.tensor: block.units for block in self._blocks}
 
-        @tf.function(input_signature=[tf.TensorSpec((None, *self._graph.input_shape), tf.float32)])
+        @tf.function(input_signature=[tf.TensorSpec((None, *self.graph.input_shape), tf.float32)])
         def unit_means(images: tf.Tensor) -> list[tf.Tensor]:
             images = preprocessing(images) if preprocessing else images
-            values = self._graph.run(images, list(wanted))
+            values = self.graph.run(images, list(wanted))
             return [
                 tf.reduce_mean(tf.abs(values[t]), axis=list(range(1, values[t].shape.rank - 1)))
                 for t in wanted
@@ -122,6 +127,36 @@ class ClassActivations:
             for block in self._blocks
         }
 
+    def blocks_of(self, graph: ModelGraph) -> list[Block]:
+        """The same layers of another model, such as a copy.
+
+        Args:
+            graph: The other model.
+
+        Raises:
+            ValueError: A layer is missing there, or has another number of units.
+        """
+        others = {block.name: block for block in find_blocks(graph)}
+        for block in self._blocks:
+            other = others.get(block.name)
+            units = None if other is None else other.units
+            if other is None or (other.kind, units) != (block.kind, block.units):
+                raise ValueError(
+                    f"The activations are those of another model: there, the layer {block.name!r} "
+                    f"has {block.units} units, and in this model "
+                    f"{'there is none' if units is None else units}. Compute the activations of "
+                    "the model itself, or of one with the same layers and names. "
+                    f"Received: layer={block.name!r}"
+                )
+        return [others[block.name].checked() for block in self._blocks]
+
+    def require_adapted(self) -> None:
+        """Raise a `RuntimeError` unless `adapt` was called."""
+        if not self.counts.any():
+            raise RuntimeError(
+                "There are no activations yet. Call `adapt(x_train, y_train)` first."
+            )
+
     def __getitem__(self, layer: str) -> np.ndarray:
         """Float32 array of shape `(classes, units)` of the layer called `layer`.
 
@@ -129,10 +164,7 @@ class ClassActivations:
             KeyError: There is no such prunable layer.
             RuntimeError: `adapt` was not called.
         """
-        if not self.counts.any():
-            raise RuntimeError(
-                "There are no activations yet. Call `adapt(x_train, y_train)` first."
-            )
+        self.require_adapted()
         if layer not in self._means:
             raise KeyError(
                 f"{layer!r} is not a prunable layer. Those are: {', '.join(self.layers)}"

@@ -41,3 +41,46 @@ def test_another_backend_is_refused() -> None:
     assert done.returncode == 1
     assert "et the environment variable KERAS_BACKEND=tensorflow" in done.stderr
     assert re.search("Received: .*jax", done.stderr)
+
+
+@pytest.mark.parametrize("first", ["keras_tl_defense", "tensorflow_model_optimization"])
+def test_either_library_may_come_first(first: str) -> None:
+    second = {"keras_tl_defense", "tensorflow_model_optimization"} - {first}
+    script = f"""
+import tensorflow as tf
+mine = tf.keras.Model
+import {first}
+import {second.pop()}
+assert tf.keras.Model is mine
+from keras_tl_defense._keras import keras
+assert keras.Model is mine
+"""
+    done = in_fresh_process(script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.environ.get("TF_USE_LEGACY_KERAS") == "1", reason="of Keras 3")
+def test_the_callback_leaves_tfmot_alone() -> None:
+    script = """
+import os, sys
+import keras_tl_defense as ktd
+before = os.environ.get("TF_USE_LEGACY_KERAS")
+ktd.ActivationPruning, ktd.ActivationPruningSchedule(0.5), ktd.prune_low_activation
+assert "tensorflow_model_optimization" not in sys.modules and "tf_keras" not in sys.modules
+assert os.environ.get("TF_USE_LEGACY_KERAS") == before
+"""
+    done = in_fresh_process(script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_distutils_it_says_what_to_install() -> None:
+    """Python 3.12 has none; TFMOT imports it."""
+    script = """
+import sys
+sys.modules["distutils"] = sys.modules["distutils.version"] = None
+import keras_tl_defense as ktd
+ktd.ActivationPruningSchedule(0.5)
+"""
+    done = in_fresh_process(script, TF_USE_LEGACY_KERAS="1")
+    assert done.returncode == 1
+    assert "Run `pip install setuptools`" in done.stderr

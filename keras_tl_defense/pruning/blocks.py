@@ -25,7 +25,7 @@ _CONVOLUTIONS = (
 )
 _DEPTHWISE = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
 _TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose)
-_ACTIVATIONS = (
+ACTIVATIONS = (
     _layers.Activation,
     _layers.ReLU,
     _layers.LeakyReLU,
@@ -62,12 +62,12 @@ _REVIVING = (
     _layers.BatchNormalization,
     _layers.Rescaling,
     _layers.Normalization,
-    *_ACTIVATIONS,
+    *ACTIVATIONS,
     *_DEPTHWISE,
 )
 _NEW_CHANNELS = (*_CONVOLUTIONS, *_TRANSPOSED, _layers.Dense)
 _SUMS = (_layers.Add, _layers.Subtract, _layers.Average)
-_CHAIN = (_layers.BatchNormalization, *_ACTIVATIONS, *_INACTIVE)
+_CHAIN = (_layers.BatchNormalization, *ACTIVATIONS, *_INACTIVE)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def follow_channels(
 
 def treats_channels_alike(layer: Any) -> bool:
     """Whether the layer does to some of a tensor's channels what it does to all of them."""
-    alike = (*_ACTIVATIONS, *_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Concatenate)
+    alike = (*ACTIVATIONS, *_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Concatenate)
     return isinstance(layer, alike) and not layer.weights
 
 

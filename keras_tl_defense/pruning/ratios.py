@@ -39,13 +39,7 @@ def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -
             f"numbers, as {{'conv1*': 0.85}}. Received: ratios={ratios!r}"
         )
     for pattern, ratio in patterns.items():
-        if not isinstance(ratio, Real) or isinstance(ratio, bool):
-            raise TypeError(f"A ratio must be a number. Received: ratios[{pattern!r}]={ratio!r}")
-        if not math.isfinite(ratio) or not 0 <= ratio < 1:
-            raise ValueError(
-                "A ratio is the fraction of a layer that is pruned and must be in [0, 1). "
-                f"Received: ratios[{pattern!r}]={ratio!r}"
-            )
+        check_ratio(f"ratios[{pattern!r}]", ratio)
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(
                 f"The pattern {pattern!r} matches no prunable layer before the cut. Those are: "
@@ -59,6 +53,28 @@ def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -
                     resolved[name] = float(ratio)
                 break
     return resolved
+
+
+def check_ratio(name: str, ratio: object) -> float:
+    """A fraction that may be pruned.
+
+    Args:
+        name: What the argument is called.
+        ratio: What was passed.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is outside `[0, 1)`.
+    """
+    if not isinstance(ratio, Real) or isinstance(ratio, bool):
+        raise TypeError(f"A ratio must be a number. Received: {name}={ratio!r}")
+    number = float(ratio)
+    if not math.isfinite(number) or not 0 <= number < 1:
+        raise ValueError(
+            "A ratio is the fraction of a layer that is pruned and must be in [0, 1). "
+            f"Received: {name}={ratio!r}"
+        )
+    return number
 
 
 def rising_ratio(ratio: float, round: int, iterations: int) -> float:
