@@ -58,7 +58,7 @@ class CompactBody:
         steps = [graph.steps[number] for number in graph.ancestors(tensor)]
         largest = max((_size(graph, step.outputs[0]) for step in steps), default=1)
         self._at_once = int(np.clip(_ROW_BYTES // (4 * largest), 1, 512))
-        self._load = tf.function(self._values_at_start, input_signature=[self._image_spec()])
+        self._loader: Any = None
         self._compiled: dict[tuple[int, ...], Any] = {}
 
     def load(self, images: np.ndarray) -> np.ndarray:
@@ -68,7 +68,9 @@ class CompactBody:
         """
         if self._start == self._graph.input:
             return images
-        return self._in_parts(self._load, images, self._graph.shapes[self._start][1:])
+        if self._loader is None:
+            self._loader = _compiled(self._values_at_start, self._image_spec())
+        return self._in_parts(self._loader, images, self._graph.shapes[self._start][1:])
 
     def __call__(self, loaded: np.ndarray, mask: np.ndarray, member: int = 0) -> np.ndarray:
         """The tensor of images, flattened; 0 for what is removed.
@@ -84,7 +86,13 @@ class CompactBody:
         kept = [np.flatnonzero(mask[numbers]).astype(np.int32) for numbers in self._numbers]
         run = self._function(tuple(len(filters) for filters in kept))
         size = _size(self._graph, self._tensor)
-        return self._in_parts(lambda values: run(values, kept, np.int32(member)), loaded, (size,))
+        return self._in_parts(
+            lambda values: run(
+                tf.constant(values), [tf.constant(k) for k in kept], tf.constant(member, tf.int32)
+            ),
+            loaded,
+            (size,),
+        )
 
     def _in_parts(self, function: Any, values: np.ndarray, shape: Any) -> np.ndarray:
         if not len(values):  # oneDNN's convolutions refuse an empty batch
@@ -106,7 +114,7 @@ class CompactBody:
             start = tf.TensorSpec((None, *self._graph.shapes[self._start][1:]), tf.float32)
             kept = [tf.TensorSpec((count,), tf.int32) for count in counts]
             member = tf.TensorSpec((), tf.int32)
-            self._compiled[counts] = tf.function(self._run, input_signature=[start, kept, member])
+            self._compiled[counts] = _compiled(self._run, start, kept, member)
         return self._compiled[counts]
 
     def _run(self, values: tf.Tensor, kept: list[tf.Tensor], member: tf.Tensor) -> tf.Tensor:
@@ -125,6 +133,11 @@ class CompactBody:
         found = self._layers.forward(values, channels.narrow_weights(weights), channels)
         features = channels.widen(found[self._tensor], self._tensor)
         return tf.cast(tf.reshape(features, (-1, _size(self._graph, self._tensor))), tf.float32)
+
+
+def _compiled(function: Any, *signature: Any) -> Any:
+    """The function, traced once; TensorFlow does not warn of bodies that are made one by one."""
+    return tf.function(function, input_signature=signature).get_concrete_function()
 
 
 def _last_unpruned(graph: ModelGraph, tensor: int, blocks: Sequence[Block]) -> int:
