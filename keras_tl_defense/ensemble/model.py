@@ -37,7 +37,7 @@ from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
-from keras_tl_defense.pruning.blocks import find_blocks
+from keras_tl_defense.pruning.blocks import find_blocks, left_alone
 from keras_tl_defense.pruning.ratios import resolve_ratios
 from keras_tl_defense.serving import export_saved_model
 
@@ -560,6 +560,17 @@ class DifferentiatorEnsemble(keras.Model):
         self._require(_ADAPTED)
         columns = ["level", "differentiators", "layer", "units", "kept"]
         return pd.DataFrame(self._bank.kept(), columns=columns)
+
+    def left_alone(self) -> dict[str, str]:
+        """The convolutions and Dense layers before the heads that are not pruned, and why.
+
+        Raises:
+            RuntimeError: The ratios are not known before `adapt`.
+        """
+        if self.head_layer is None or self._bank is None:
+            raise RuntimeError("No ratios are known yet. Call `adapt(x_train, y_train)` first.")
+        tensor = self._graph.layer_output(self.head_layer)
+        return left_alone(self._graph, tensor, set(self.ratios))
 
     def save(self, filepath: str | Path, overwrite: bool = True, **options: Any) -> None:
         """Write a `.keras` file, for `keras.models.load_model` of the same Keras generation.

@@ -8,7 +8,9 @@ no later offset revives a pruned one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
@@ -67,6 +69,7 @@ _REVIVING = (
 )
 _NEW_CHANNELS = (*_CONVOLUTIONS, *_TRANSPOSED, _layers.Dense)
 _SUMS = (_layers.Add, _layers.Subtract, _layers.Average)
+_PRODUCTS = (_layers.Multiply,)
 _CHAIN = (_layers.BatchNormalization, *ACTIVATIONS, *_INACTIVE)
 
 
@@ -105,6 +108,9 @@ class Block:
 def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
     """The prunable layers of a model, in the order in which they run.
 
+    Gates are left out: layers whose outputs another tensor is multiplied with, as in
+    squeeze-and-excite networks; see `find_gates`.
+
     Args:
         graph: The model.
         before: Number of a tensor; only layers that it depends on are returned. Defaults to the
@@ -117,7 +123,10 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
     for step in steps:
         uses[id(step.layer)] = uses.get(id(step.layer), 0) + 1
     blocks = []
+    gates = find_gates(graph, target)
     for step in steps:
+        if step.name in gates:
+            continue
         dense = isinstance(step.layer, _layers.Dense)
         convolution = isinstance(step.layer, _CONVOLUTIONS + _DEPTHWISE) and not isinstance(
             step.layer, _TRANSPOSED
@@ -143,6 +152,67 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
                 _block(graph, step, "filters", _block_end(graph, step, set(numbers)), problem)
             )
     return blocks
+
+
+def find_gates(graph: ModelGraph, before: int) -> dict[str, str]:
+    """The layers whose outputs scale the channels that they were computed from.
+
+    Args:
+        graph: The model.
+        before: Number of a tensor; only layers that it depends on are looked at.
+
+    Returns:
+        Names of convolutions and Dense layers, and for each the name of the product.
+    """
+    gates = {}
+    for number in graph.ancestors(before):
+        product = graph.steps[number]
+        if not _is_product(product):
+            continue
+        depends = {t: set(graph.ancestors(t)) for t in product.inputs}
+        for gate, base in permutations(product.inputs, 2):
+            if not depends[base] < depends[gate]:
+                continue
+            waiting = [gate]
+            while waiting:
+                maker = graph.producer.get(waiting.pop())
+                if maker is None or maker in depends[base]:
+                    continue
+                step = graph.steps[maker]
+                if isinstance(step.layer, _NEW_CHANNELS):
+                    gates[step.name] = product.name
+                else:
+                    waiting.extend(step.inputs)
+    return gates
+
+
+def left_alone(graph: ModelGraph, before: int, pruned: Collection[str]) -> dict[str, str]:
+    """Why convolutions and Dense layers are not pruned.
+
+    Args:
+        graph: The model.
+        before: Number of a tensor; only layers that it depends on are looked at.
+        pruned: Names of the layers that are pruned.
+
+    Returns:
+        Names of the others, each with a few words that say why.
+    """
+    gates = find_gates(graph, before)
+    problems = {block.name: block.problem for block in find_blocks(graph, before)}
+    found = {}
+    for number in graph.ancestors(before):
+        step = graph.steps[number]
+        if step.name in pruned or not isinstance(step.layer, (*_NEW_CHANNELS, *_DEPTHWISE)):
+            continue
+        if isinstance(step.layer, _DEPTHWISE):
+            found[step.name] = "depthwise: loses the channels that are pruned before it"
+        elif step.name in gates:
+            found[step.name] = f"a gate of {gates[step.name]!r}"
+        elif isinstance(step.layer, _TRANSPOSED):
+            found[step.name] = "a transposed convolution"
+        else:
+            found[step.name] = problems[step.name] or "no ratio"
+    return found
 
 
 def _block(
@@ -194,7 +264,7 @@ def channel_sources(graph: ModelGraph, blocks: list[Block], cut: int) -> dict[in
     return {
         tensor: source
         for tensor, source in follow_channels(graph, ends, cut).items()
-        if tensor in ends or isinstance(graph.steps[graph.producer[tensor]].layer, _REVIVING)
+        if tensor in ends or _may_revive(graph.steps[graph.producer[tensor]])
     }
 
 
@@ -251,7 +321,9 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
         return np.concatenate(
             [np.full(w, -1) if s is None else s for s, w in zip(known, widths, strict=True)]
         )
-    if isinstance(layer, _SUMS) or (isinstance(layer, _NEW_CHANNELS) and not _softmax(layer)):
+    if _is_product(step):
+        return _product_sources(graph, step, known)
+    if _is_sum(step) or (isinstance(layer, _NEW_CHANNELS) and not _softmax(layer)):
         return None
     if source is not None and not _softmax(layer):
         if isinstance(layer, _DEPTHWISE):
@@ -260,15 +332,56 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
             return source
         if isinstance(layer, _layers.Flatten):
             return np.tile(source, int(graph.shapes[step.outputs[0]][-1] or 0) // len(source))
-        if isinstance(layer, _REVIVING + _INACTIVE + _SPATIAL):
+        if _may_revive(step) or isinstance(layer, _INACTIVE + _SPATIAL):
             return source
     raise ValueError(
         f"The layer {step.name!r} ({type(layer).__name__}) comes after a pruned convolution, and "
         "it is not known what becomes of a removed channel there. Give ratios that leave the "
         "convolutions before it alone, or use layers whose channels stay apart (pooling, padding, "
-        "activations, batch normalisation, depthwise convolutions, Flatten, Concatenate, Add). "
+        "activations, batch normalisation, depthwise convolutions, Flatten, Concatenate, Add, "
+        "Multiply). "
         f"Received: layer={step.name!r}"
     )
+
+
+def _product_sources(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np.ndarray:
+    """A channel of a product is gone where it is gone in one of the factors."""
+    merged = np.full(int(graph.shapes[step.outputs[0]][-1] or 0), -1)
+    for source in known:
+        if source is None:
+            continue
+        if len(source) != len(merged) or np.any((merged >= 0) & (source >= 0) & (merged != source)):
+            raise ValueError(
+                f"The layer {step.name!r} multiplies channels of different pruned convolutions, "
+                "and one filter cannot stand for both. Give ratios that leave one of them alone. "
+                f"Received: layer={step.name!r}"
+            )
+        merged = np.where(source >= 0, source, merged)
+    return merged
+
+
+def _operator(step: Step) -> str:
+    """What `+`, `*` and the like became in a model, as `"add"` or `"multiply"`; else `""`."""
+    symbol = getattr(step.layer, "symbol", None)
+    if isinstance(symbol, str):  # the legacy Keras, `__operators__.add` or `math.multiply`
+        return symbol.split(".")[-1]
+    return "" if isinstance(step.layer, _layers.Layer) else type(step.layer).__name__.lower()
+
+
+def _is_sum(step: Step) -> bool:
+    operator = _operator(step) in ("add", "subtract") and len(step.inputs) > 1
+    return operator or isinstance(step.layer, _SUMS)
+
+
+def _is_product(step: Step) -> bool:
+    operator = _operator(step) == "multiply" and len(step.inputs) > 1
+    return operator or isinstance(step.layer, _PRODUCTS)
+
+
+def _may_revive(step: Step) -> bool:
+    """Whether a step treats channels apart, and could make something else of one that is 0."""
+    constant = _operator(step) in ("add", "subtract", "multiply") and len(step.inputs) == 1
+    return constant or isinstance(step.layer, _REVIVING)
 
 
 def _softmax(layer: Any) -> bool:

@@ -1,0 +1,121 @@
+"""Networks that people use, from `adapt` to the exported model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from oracles import Physical
+
+import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
+
+layers = keras.layers
+CLASSES, PER_CLASS, RATIO = 4, 12, 0.5
+SIZES = {
+    "VGG16": 32,
+    "VGG19": 32,
+    "ResNet50": 32,
+    "ResNet50V2": 32,
+    "MobileNet": 32,
+    "MobileNetV2": 32,
+    "MobileNetV3Small": 32,
+    "InceptionV3": 75,
+    "Xception": 71,
+    "DenseNet121": 32,
+    "EfficientNetB0": 32,
+}
+
+
+def draw(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy patterns, one for each class."""
+    patterns = np.random.default_rng(3).uniform(0, 255, (CLASSES, *shape))
+    y = np.repeat(np.arange(CLASSES), PER_CLASS)
+    noise = np.random.default_rng(seed).normal(0, 30, (len(y), *shape))
+    return np.clip(np.rint(patterns[y] + noise), 0, 255).astype(np.uint8), y
+
+
+def with_statistics(model: Any) -> Any:
+    """Random statistics, scales and offsets, so that a channel that is not gone shows."""
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            shape = layer.moving_mean.shape
+            layer.moving_mean.assign(rng.normal(0, 0.1, shape))
+            layer.moving_variance.assign(rng.uniform(0.5, 1.5, shape))
+            for name, low, high in (("gamma", 0.5, 1.5), ("beta", -0.5, 0.5)):
+                if getattr(layer, name, None) is not None:
+                    getattr(layer, name).assign(rng.uniform(low, high, shape))
+    return model
+
+
+def check_masked(defence: Any, x: np.ndarray) -> None:
+    """What the heads read is that of the network without the filters."""
+    bank, graph = defence.get_layer("differentiators"), defence._graph
+    (tensor,) = bank.needs
+    x = x[:3].astype(np.float32)
+    member = len(bank.pairs) - 1
+    mask, removed, start = bank.filter_mask(member), {}, 0
+    for block in bank.blocks:
+        if block.kind == "filters":
+            removed[block.name] = np.flatnonzero(~mask[start : start + block.units])
+            start += block.units
+    expected = Physical(graph, removed)(x, tensor)
+    values = graph.run(tf.constant(x), [tensor])
+    rows = tf.range(len(x))[None]
+    scale = np.abs(expected).max()
+    assert scale > 0
+    for found in (
+        bank.masked_body(values, rows, tf.constant([member])).numpy(),
+        (body := bank.compact_body(None))(body.load(x), mask, member),
+    ):
+        np.testing.assert_allclose(found / scale, expected.reshape(len(x), -1) / scale, atol=1e-4)
+
+
+def check_whole(student: Any, shape: tuple[int, ...], folder: Path, **options: Any) -> Any:
+    """Adapt, fit, predict, save, load, export; returns the defence."""
+    x, y = draw(shape, 0)
+    defence = ktd.DifferentiatorEnsemble(student, RATIO, ensemble_size=2, seed=0, **options)
+    defence.adapt(x, y, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random networks make weak heads
+        defence.fit(x, y, verbose=0)
+    x, _ = draw(shape, 1)
+    expected = defence.explain(x[::4], verbose=0)
+    check_masked(defence, x)
+    pruned = defence.sparsity()
+    units, kept = (pruned[pruned["level"] == 0][name].to_numpy() for name in ("units", "kept"))
+    np.testing.assert_array_equal(kept, units - np.floor(RATIO * units))
+    convolutions = {
+        step.name for step in defence._graph.steps if "Conv" in type(step.layer).__name__
+    }
+    assert convolutions <= set(defence.ratios) | set(defence.left_alone())
+    defence.save(folder / "defence.keras")
+    loaded = keras.models.load_model(folder / "defence.keras")
+    np.testing.assert_array_equal(loaded.predict(x[::4], verbose=0), expected["answer"])
+    exported = defence.export(folder / "served")
+    serve = tf.saved_model.load(str(exported)).signatures["serving_default"]
+    answered = serve(tf.constant(x[::4], tf.float32))
+    np.testing.assert_array_equal(answered["answer"], expected["answer"])
+    np.testing.assert_allclose(answered["score"], expected["score"], rtol=1e-3, atol=1e-3)
+    return defence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    shape = (SIZES[name], SIZES[name], 3)
+    make = getattr(keras.applications, name)
+    base = make(weights=None, include_top=False, input_shape=shape, pooling="avg")
+    with_statistics(base).trainable = False
+    student = keras.Sequential([keras.Input(shape), base, layers.Dense(CLASSES)])
+    defence = check_whole(student, shape, tmp_path)
+    reasons = set(defence.left_alone().values())
+    gates = [reason for reason in reasons if reason.startswith("a gate of")]
+    assert bool(gates) == (name in ("MobileNetV3Small", "EfficientNetB0"))
+    assert reasons - set(gates) <= {"depthwise: loses the channels that are pruned before it"}
