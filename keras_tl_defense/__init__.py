@@ -10,6 +10,7 @@ from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
 from keras_tl_defense.evaluation import DefenceReport, evaluate_defence
 from keras_tl_defense.metrics import Rate
+from keras_tl_defense.pruning.channel_mask import ChannelMask
 from keras_tl_defense.version import __version__
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationPruning",
     "ActivationPruningSchedule",
+    "ChannelMask",
     "ClassActivations",
     "DefenceReport",
     "DifferentiatorEnsemble",

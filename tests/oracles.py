@@ -111,6 +111,8 @@ class Physical:
         elif weights[0].ndim == 2:
             x = x @ weights[0][left][:, stays]
         else:
-            kernel = np.take(weights[0], left, axis=-2)[..., stays]
-            x = tf.nn.convolution(x, kernel, layer.strides, layer.padding.upper())
+            kernel, padding = np.take(weights[0], left, axis=-2)[..., stays], layer.padding.upper()
+            if padding == "CAUSAL":
+                x, padding = tf.pad(x, [[0, 0], [len(kernel) - 1, 0], [0, 0]]), "VALID"
+            x = tf.nn.convolution(x, kernel, layer.strides, padding)
         return layer.activation(x + bias), stays

@@ -119,3 +119,49 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     gates = [reason for reason in reasons if reason.startswith("a gate of")]
     assert bool(gates) == (name in ("MobileNetV3Small", "EfficientNetB0"))
     assert reasons - set(gates) <= {"depthwise: loses the channels that are pruned before it"}
+
+
+def draw_signals(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy waves, a frequency for each class, as whole numbers in 0..255."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(CLASSES), 20)
+    phase = rng.uniform(0, 2 * np.pi, (len(y), 1))
+    waves = np.sin(np.pi * np.arange(64) * (y[:, None] + 1) / 16 + phase)
+    x = 128 + 80 * waves + rng.normal(0, 10, waves.shape)
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)[..., None], y
+
+
+def test_signals(tmp_path: Path) -> None:
+    """A Conv1D network for time series."""
+    keras.utils.set_random_seed(0)
+    body = [
+        layers.Rescaling(1 / 127.5, offset=-1),
+        layers.Conv1D(16, 7, padding="causal", activation="relu", name="conv1"),
+        layers.MaxPooling1D(2),
+        layers.Conv1D(16, 5, name="conv2"),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.GlobalAveragePooling1D(name="pool"),
+    ]
+    teacher = keras.Sequential([keras.Input((64, 1)), *body, layers.Dense(CLASSES)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    teacher.compile(keras.optimizers.Adam(1e-2), loss)
+    x, y = draw_signals(0)
+    teacher.fit(x.astype(np.float32), y, epochs=40, verbose=0)
+    base = keras.Model(teacher.inputs, teacher.get_layer("pool").output)
+    base.trainable = False
+    student = keras.Sequential([keras.Input((64, 1)), base, teacher.layers[-1]])
+    defence = ktd.DifferentiatorEnsemble(student, RATIO, seed=0)
+    defence.adapt(x, y, verbose=0)
+    defence.fit(x, y, verbose=0)
+    assert set(defence.ratios) == {"conv1", "conv2"}
+    x, y = draw_signals(1)
+    check_masked(defence, x)
+    rates = defence.evaluate(x, y, verbose=0)
+    assert rates["student_accuracy"].rate > 0.9
+    assert rates["retention"].rate > 0.8
+    defence.save(tmp_path / "signals.keras")
+    loaded = keras.models.load_model(tmp_path / "signals.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), defence.predict(x, verbose=0))
+    with pytest.raises(ValueError, match=r"attacks on images.*Give `ratios` yourself"):
+        ktd.DifferentiatorEnsemble(student).adapt(x, y, verbose=0)

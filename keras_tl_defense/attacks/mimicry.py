@@ -44,7 +44,7 @@ class MimicryAttack:
             take images in 0..255.
 
     Raises:
-        ValueError: An argument is out of range, or the Teacher has no such layer.
+        ValueError: An argument is out of range, or the Teacher has no such layer or takes no images.
 
     Example:
         >>> attack = MimicryAttack(teacher, layer="flatten", budget=0.01, steps=600)
@@ -70,6 +70,11 @@ class MimicryAttack:
         preprocessing: Any = None,
     ) -> None:
         self._graph = ModelGraph(teacher, "teacher")
+        if len(self._graph.input_shape) != 3:
+            raise ValueError(
+                "How much an image may differ is measured by DSSIM, so the Teacher must take "
+                f"images of shape (H, W, C). Received: a Teacher of inputs {self._graph.input_shape}"
+            )
         self._tensor = self._graph.layer_output(layer)
         self.layer = layer
         self.budget = check_positive("budget", budget, 1)

@@ -83,11 +83,16 @@ def search_ratios(
         verbose: 0 shows no progress bar.
 
     Raises:
-        ValueError: A class has too few images, the Student answers too few rightly, no layer can be
-            pruned, or all have too many features.
+        ValueError: A class has too few images, the Student takes no images or answers too few
+            rightly, no layer can be pruned, or all have too many features.
     """
     rng = np.random.default_rng(seed)
     graph = ModelGraph(student, "student")
+    if len(graph.input_shape) != 3:
+        raise ValueError(
+            "Ratios are searched with attacks on images of shape (H, W, C). Give `ratios` "
+            f"yourself, as {{'conv1*': 0.5}}. Received: a Student of inputs {graph.input_shape}"
+        )
     classes = batches.classes or 0
     width = tf.TensorShape(graph.shapes[graph.layer_output(cut)][1:]).num_elements() or 1
     images = min(_IMAGES, _FEATURE_BYTES // (4 * width))
