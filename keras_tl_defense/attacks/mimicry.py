@@ -44,7 +44,8 @@ class MimicryAttack:
             take images in 0..255.
 
     Raises:
-        ValueError: An argument is out of range, or the Teacher has no such layer or takes no images.
+        ValueError: An argument is out of range, or the Teacher has no such layer or takes no
+            images.
 
     Example:
         >>> attack = MimicryAttack(teacher, layer="flatten", budget=0.01, steps=600)
@@ -73,7 +74,8 @@ class MimicryAttack:
         if len(self._graph.input_shape) != 3:
             raise ValueError(
                 "How much an image may differ is measured by DSSIM, so the Teacher must take "
-                f"images of shape (H, W, C). Received: a Teacher of inputs {self._graph.input_shape}"
+                "images of shape (H, W, C). "
+                f"Received: a Teacher of inputs {self._graph.input_shape}"
             )
         self._tensor = self._graph.layer_output(layer)
         self.layer = layer
