@@ -18,7 +18,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import base, mimicry, targets
 from keras_tl_defense.ensemble import calibration, heads, model, search, trial
 from keras_tl_defense.evaluation import plots, report, roc
-from keras_tl_defense.pruning import masks, ratios
+from keras_tl_defense.pruning import callback, channel_mask, masks, ratios, schedule
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -64,7 +64,8 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ENSEMBLE = [calibration, heads, model]
-MODULES = [masks, ratios, metrics, activations, *ENSEMBLE, targets, mimicry, teachers]
+PRUNING = [masks, ratios, schedule, callback, channel_mask]
+MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, targets, mimicry, teachers]
 
 
 @pytest.mark.parametrize("module", [*MODULES, sys.modules["keras_tl_defense.attacks.dssim"]])

@@ -46,9 +46,11 @@ class ActivationPruning(keras.callbacks.Callback):
         >>> activations = ClassActivations(model)
         >>> activations.adapt(x_train, y_train)
         >>> schedule = ActivationPruningSchedule(0.5, iterations=2, steps_per_iteration=2)
-        >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> copy = keras.models.clone_model(model)
+        >>> copy.set_weights(model.get_weights())
+        >>> copy.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         >>> pruning = ActivationPruning(activations, classes=(0, 1), schedule=schedule)
-        >>> history = model.fit(x_train, y_train, callbacks=[pruning], verbose=0)
+        >>> history = copy.fit(x_train, y_train, callbacks=[pruning], verbose=0)
         >>> int(pruning.masks["conv1_1"]["bias"].sum())  # of 24 filters
         12
 
