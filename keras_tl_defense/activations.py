@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.data import Batches, check_every_class
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.blocks import Block, find_blocks
@@ -25,16 +26,18 @@ class ClassActivations:
     Args:
         model: A built Functional or Sequential Keras model whose last dimension of output is the
             number of classes.
-        layers: Names of the layers to look at. Defaults to every one that can be pruned.
+        layers: Names of the layers to look at. Defaults to every prunable one.
         cut: Name of a layer; only what comes before it, and it, is looked at. Defaults to the last.
 
     Attributes:
         layers: Names of the layers looked at.
+        filters: Those of them that are convolutions.
         classes: Number of classes.
         graph: The model's layer calls, a `ModelGraph`.
         counts: After `adapt`, int array of shape `(classes,)`: images seen of each class.
 
     Raises:
+        TypeError: `layers` is one name.
         ValueError: The model is subclassed or not built, or a layer cannot be pruned.
 
     Example:
@@ -52,18 +55,17 @@ class ClassActivations:
     ) -> None:
         self.graph = ModelGraph(model)
         blocks = find_blocks(self.graph, None if cut is None else self.graph.layer_output(cut))
+        if isinstance(layers, str):
+            raise TypeError(f"`layers` must be a sequence of names. Received: layers={layers!r}")
         unknown = set(layers or ()) - {block.name for block in blocks}
         if unknown:
             raise ValueError(
                 f"No prunable layer is called {', '.join(sorted(map(repr, unknown)))}. Those are: "
                 f"{', '.join(block.name for block in blocks)}. Received: layers={layers!r}"
             )
-        self._blocks = [
-            block.checked()
-            for block in blocks
-            if (block.problem is None if layers is None else block.name in layers)
-        ]
+        self._blocks = [b.checked() for b in blocks if layers is None or b.name in layers]
         self.layers = [block.name for block in self._blocks]
+        self.filters = [block.name for block in self._blocks if block.kind == "filters"]
         self.classes = int(self.graph.shapes[self.graph.output][-1] or 0)
         self.counts = np.zeros(self.classes, np.int64)
         self._means: dict[str, np.ndarray] = {}
@@ -157,6 +159,22 @@ class ClassActivations:
                 "There are no activations yet. Call `adapt(x_train, y_train)` first."
             )
 
+    def check_classes(self, classes: Sequence[int]) -> tuple[int, ...]:
+        """Some of the classes, as integers.
+
+        Raises:
+            RuntimeError: `adapt` was not called.
+            ValueError: They are no classes of the model, or there are none.
+        """
+        self.require_adapted()
+        numbers = list(classes) if np.ndim(classes) == 1 else []
+        if not numbers:
+            raise ValueError(
+                f"Give a sequence of at least one class, as (3, 7). Received: classes={classes!r}"
+            )
+        why = "the classes of the activations"
+        return tuple(check_integer("classes", n, 0, self.classes - 1, why) for n in numbers)
+
     def __getitem__(self, layer: str) -> np.ndarray:
         """Float32 array of shape `(classes, units)` of the layer called `layer`.
 
@@ -170,3 +188,17 @@ class ClassActivations:
                 f"{layer!r} is not a prunable layer. Those are: {', '.join(self.layers)}"
             )
         return self._means[layer]
+
+
+def check_activations(activations: Any) -> ClassActivations:
+    """Activations, as they came.
+
+    Raises:
+        TypeError: They are something else.
+    """
+    if not isinstance(activations, ClassActivations):
+        raise TypeError(
+            "`activations` must be a `ClassActivations`. Make one of the model and call its "
+            f"`adapt`. Received: activations={type(activations).__name__}"
+        )
+    return activations

@@ -76,7 +76,11 @@ def test_channels_are_masked(student: Any, images: Images, tmp_path: Path) -> No
         assert masked.any()
 
 
-def test_masks_that_do_not_fit_are_refused() -> None:
+def test_masks_that_do_not_fit_are_refused(student: Any, images: Images) -> None:
+    activations = ktd.ClassActivations(student)
+    activations.adapt(images.x_train.astype(np.float32), images.y_train, verbose=0)
+    with pytest.raises(ValueError, match="'fc1' is not a convolution of these activations"):
+        ktd.ChannelMask.from_activations(activations, "fc1", (0, 1), 0.5)
     with pytest.raises(ValueError, match="must be booleans"):
         ktd.ChannelMask([0.5, 1.0])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"mask is one of 2 channels.*\(1, 3\)"):
@@ -101,9 +105,10 @@ def test_layers_that_are_not_pruned_are_named(images: Images) -> None:
         [keras.Input(images.x_train.shape[1:]), base, layers.Dense(6, name="head")]
     )
     defence = ktd.DifferentiatorEnsemble(
-        student, {"conv*": 0.5, "other": 0.5, "squeeze": 0.5}, ensemble_size=2, seed=0
+        student, {"conv*": 0.5, "other": 0.5}, ensemble_size=2, seed=0
     )
     assert defence.left_alone() == {
+        "squeeze": "a gate of 'scale'",
         "excite": "a gate of 'scale'",
         "depthwise": "depthwise: loses the channels that are pruned before it",
         "branch": "no ratio",

@@ -111,22 +111,86 @@ def test_it_is_saved_and_loaded(
 
 
 @legacy
-def test_layers_and_lists_and_nested_models(images: Images) -> None:
+def test_layers_and_lists(images: Images, tmp_path: Path) -> None:
+    model = build_model()
+    activations = class_means(model, images)
+    arguments = (activations, CLASSES, ktd.ActivationPruningSchedule(0.5, 1))
+    conv, norm = model.get_layer("conv2"), model.get_layer("norm2")
+    relu = keras.layers.ReLU()
+    both = ktd.prune_low_activation([conv, norm, relu], *arguments)
+    assert [type(layer).__name__ for layer in both] == ["PruneLowActivation"] * 2 + ["ReLU"]
+    assert both[2] is relu
+    alone = ktd.prune_low_activation(model.get_layer("conv1"), *arguments)
+    script = keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            alone,
+            *both,
+            keras.layers.Flatten(),
+            keras.layers.Dense(6),
+        ]
+    )
+    callbacks = [tfmot.sparsity.keras.UpdatePruningStep()]
+    train(compiled(script), images, callbacks, epochs=1)
+    script.save(tmp_path / "script.keras")
+    with ktd.activation_prune_scope():
+        script = keras.models.load_model(tmp_path / "script.keras")
+    stripped = tfmot.sparsity.keras.strip_pruning(script)
+    for name, weight in (("conv1", "bias"), ("conv2", "kernel"), ("norm2", "beta")):
+        value = np.array(getattr(stripped.get_layer(name), weight))
+        alive = value.reshape(-1, value.shape[-1]).any(axis=0)
+        assert alive.sum() == len(alive) // 2
+
+
+@legacy
+def test_what_does_not_fit_is_refused(images: Images) -> None:
     model = build_model()
     activations = class_means(model, images)
     schedule = ktd.ActivationPruningSchedule(0.5, 1)
     arguments = (activations, CLASSES, schedule)
-    conv, norm = model.get_layer("conv2"), model.get_layer("norm2")
-    alone = ktd.prune_low_activation(conv, *arguments)
-    both = ktd.prune_low_activation([conv, norm, layers_relu := keras.layers.ReLU()], *arguments)
-    assert alone.name == both[0].name == "prune_low_activation_conv2"
-    assert [type(layer).__name__ for layer in both] == ["PruneLowActivation"] * 2 + ["ReLU"]
-    assert both[2] is layers_relu
-    with pytest.raises(ValueError, match="'pool' has nothing that these activations prune"):
-        ktd.prune_low_activation(model.get_layer("pool"), *arguments)
+    for nothing in (model.get_layer("pool"), [model.get_layer("pool")]):
+        with pytest.raises(ValueError, match="These activations prune nothing of pool"):
+            ktd.prune_low_activation(nothing, *arguments)
     with pytest.raises(TypeError, match=r"Received: builtins\.int"):
         ktd.prune_low_activation(3, *arguments)
+    frozen = keras.Input(model.input_shape[1:])
+    guide = keras.Model(frozen, keras.layers.Dense(6)(model(frozen, training=False)))
+    with pytest.raises(ValueError, match=r"'model' with `training=False`.*the callback"):
+        ktd.prune_low_activation(guide, class_means(guide, images), CLASSES, schedule)
+    with pytest.raises(TypeError, match=r"Received: pruning_schedule=0\.5"):
+        ktd.prune_low_activation(model, activations, CLASSES, 0.5)
+    with pytest.raises(ValueError, match="another model"):
+        ktd.prune_low_activation(
+            keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), *arguments
+        )
+    other = ktd.prune_low_activation(keras.layers.Conv2D(99, 3, name="conv1"), *arguments)
+    with pytest.raises(ValueError, match=r"'conv1' has 8 units there.*Received: a layer with 99"):
+        other.build((None, 12, 12, 3))
+
+
+@legacy
+def test_mixed_precision_and_layers_stay_as_they_were(images: Images) -> None:
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = build_model()
+        activations = class_means(model, images, ["conv2"])
+        schedule = ktd.ActivationPruningSchedule(0.5, 1)
+        wrapped = compiled(ktd.prune_low_activation(model, activations, CLASSES, schedule))
+        train(wrapped, images, [tfmot.sparsity.keras.UpdatePruningStep()], epochs=1)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    for name in ("conv2", "norm2"):
+        assert not hasattr(model.get_layer(name), "get_prunable_weights")
+    beta = tfmot.sparsity.keras.strip_pruning(wrapped).get_layer("norm2").beta
+    assert np.sum(np.array(beta) != 0) == 5
+
+
+@legacy
+def test_nested_models(images: Images) -> None:
+    model = build_model()
+    activations = class_means(model, images)
     outer = keras.Sequential([keras.Input(model.input_shape[1:]), model])
+    schedule = ktd.ActivationPruningSchedule(0.5, 1)
     wrapped = compiled(ktd.prune_low_activation(outer, activations, CLASSES, schedule))
     train(wrapped, images, [tfmot.sparsity.keras.UpdatePruningStep()], epochs=1)
     inner = tfmot.sparsity.keras.strip_pruning(wrapped).layers[0]

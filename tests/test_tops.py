@@ -374,5 +374,5 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_ratio_rises_in_decimal_steps() -> None:
-    assert [rising_ratio(0.9, n, 3) for n in (1, 2, 3)] == [0.3, 0.6, 0.9]
-    assert rising_ratio(0.29, 7, 7) == 0.29
+    assert [float(rising_ratio(0.9, n, 3)) for n in (1, 2, 3)] == [0.3, 0.6, 0.9]
+    assert float(rising_ratio(0.29, 7, 7)) == 0.29

@@ -7,6 +7,7 @@ class, which says what else an image may be.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
     connection_thresholds,
+    exact,
     filter_masks,
     pruned_count,
 )
@@ -148,7 +150,7 @@ class DifferentiatorBank(keras.layers.Layer):
         layout = self._layout
         masks = []
         for number, block in enumerate(layout.blocks):
-            ratio = LEVELS[level] * layout.ratios[block.name]
+            ratio = level_ratio(layout.ratios[block.name], level)
             means = np.array(self._activations[block.name])
             scores = class_set_scores(means, np.asarray(class_sets))
             if block.kind == "filters":
@@ -199,7 +201,9 @@ class DifferentiatorBank(keras.layers.Layer):
                 units = block.units
                 if block.kind == "connections":
                     units = int(np.prod(block.step.layer.kernel.shape))
-                pruned = pruned_count(LEVELS[level] * self._layout.ratios[block.name], units)
+                pruned = pruned_count(
+                    level_ratio(self._layout.ratios[block.name], int(level)), units
+                )
                 rows.append((int(level), int(counts[level]), block.name, units, units - pruned))
             if self.top is not None:
                 rows.extend((int(level), int(counts[level]), *row) for row in self.top.kept())
@@ -327,6 +331,11 @@ def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor)
     other = tf.reduce_max(tf.where(own, tf.float32.min, rivals), axis=1)
     own_margin = tf.gather(rivals, student_class, batch_dims=1)
     return tf.reduce_mean(margins, axis=1) + _OWN * own_margin - _OTHER * other
+
+
+def level_ratio(ratio: float, level: int) -> Fraction:
+    """What is left of a common ratio at a level, exactly."""
+    return exact(LEVELS[level]) * exact(ratio)
 
 
 class _Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.tops import Arrays, OwnTop
 from keras_tl_defense.ensemble.training import ClassImages, HeadKind, MemberFeatures, choose_rows
+from keras_tl_defense.pruning.masks import Ratio
 from keras_tl_defense.pruning.ratios import rising_ratio
 
 _RIDGE = 0.1  # of the mean squared length of a centred row
@@ -195,7 +196,9 @@ class TopTrainer:
 class _Round:
     """The variables of one round's compact top and its head, and the graphs that train them."""
 
-    def __init__(self, top: OwnTop, ratios: dict[str, float], optimizer: Any, outputs: int) -> None:
+    def __init__(
+        self, top: OwnTop, ratios: Mapping[str, Ratio], optimizer: Any, outputs: int
+    ) -> None:
         self.ratios = ratios
         self._top = top
         holder = keras.layers.Layer()

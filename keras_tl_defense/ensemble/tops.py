@@ -21,7 +21,12 @@ from keras_tl_defense.ensemble.compact import (
 )
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.blocks import Block, find_blocks
-from keras_tl_defense.pruning.masks import connection_thresholds, filter_masks, pruned_count
+from keras_tl_defense.pruning.masks import (
+    Ratio,
+    connection_thresholds,
+    filter_masks,
+    pruned_count,
+)
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -63,7 +68,7 @@ class OwnTop:
             is not an unfrozen prunable one, or the size of `end` is not known.
     """
 
-    def __init__(self, graph: ModelGraph, cut: int, end: int, ratios: Mapping[str, float]) -> None:
+    def __init__(self, graph: ModelGraph, cut: int, end: int, ratios: Mapping[str, Ratio]) -> None:
         _check_ownable(graph, cut, end)
         self._graph = graph
         self._end = end
@@ -82,7 +87,7 @@ class OwnTop:
         )
         self._weights = self._layers.weights
 
-    def kept_counts(self, ratios: Mapping[str, float] | None = None) -> dict[str, int]:
+    def kept_counts(self, ratios: Mapping[str, Ratio] | None = None) -> dict[str, int]:
         """How many filters stay in each pruned convolution.
 
         Args:
@@ -92,7 +97,7 @@ class OwnTop:
         return {b.name: b.units - pruned_count(ratios[b.name], b.units) for b in self._filters}
 
     def weight_shapes(
-        self, ratios: Mapping[str, float] | None = None
+        self, ratios: Mapping[str, Ratio] | None = None
     ) -> dict[str, tuple[int, ...]]:
         """Shape of each compact weight, the same for every differentiator.
 
@@ -236,7 +241,11 @@ class OwnTop:
         return self.observe(cut_values, weights, self._all_filters())
 
     def prune(
-        self, ratios: Mapping[str, float], activity: Arrays, weights: Arrays, kept: Arrays
+        self,
+        ratios: Mapping[str, Ratio],
+        activity: Arrays,
+        weights: Arrays,
+        kept: Arrays,
     ) -> tuple[Arrays, Arrays]:
         """Prune what is left, to ratios that are not lower than those that led to it.
 
@@ -305,7 +314,7 @@ def _feature_count(graph: ModelGraph, end: int) -> int:
     return int(count)
 
 
-def _check_ratios(ratios: Mapping[str, float], layers: list[str]) -> None:
+def _check_ratios(ratios: Mapping[str, Ratio], layers: list[str]) -> None:
     for name in ratios:
         if name not in layers:
             raise ValueError(

@@ -269,12 +269,12 @@ def _scores(margins: list[np.ndarray], answered: np.ndarray) -> np.ndarray:
 
 def _prunable(graph: ModelGraph, cut: int) -> list[Block]:
     """The convolutions before the cut that can be pruned; others are left alone."""
-    found = []
+    found: list[Block] = []
     for block in find_blocks(graph, before=cut):
         if block.kind != "filters" or block.problem is not None:
             continue
         try:
-            channel_sources(graph, [block], cut)
+            channel_sources(graph, [*found, block], cut)
         except ValueError:
             continue
         found.append(block)

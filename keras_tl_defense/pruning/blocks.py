@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
+import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.graph import ModelGraph, Step
@@ -108,8 +110,7 @@ class Block:
 def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
     """The prunable layers of a model, in the order in which they run.
 
-    Gates are left out: layers whose outputs another tensor is multiplied with, as in
-    squeeze-and-excite networks; see `find_gates`.
+    Gates are left out, the layers of squeeze-and-excite blocks; see `find_gates`.
 
     Args:
         graph: The model.
@@ -145,6 +146,11 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
                 f"The layer {step.name!r} has its channels first. Build the {graph.role} with "
                 f"`data_format='channels_last'`. Received: data_format={step.layer.data_format!r}"
             )
+        elif not dense and _softmax(step.layer):
+            problem = (
+                f"The convolution {step.name!r} ends in a softmax, in which every filter changes "
+                f"the others. Leave it unpruned. Received: layer={step.name!r}"
+            )
         if dense:
             blocks.append(_block(graph, step, "connections", step.inputs[0], problem))
         elif not isinstance(step.layer, _DEPTHWISE):
@@ -155,7 +161,7 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
 
 
 def find_gates(graph: ModelGraph, before: int) -> dict[str, str]:
-    """The layers whose outputs scale the channels that they were computed from.
+    """The layers between a tensor and what it is multiplied with, as in squeeze-and-excite.
 
     Args:
         graph: The model.
@@ -179,10 +185,9 @@ def find_gates(graph: ModelGraph, before: int) -> dict[str, str]:
                 if maker is None or maker in depends[base]:
                     continue
                 step = graph.steps[maker]
-                if isinstance(step.layer, _NEW_CHANNELS):
+                if isinstance(step.layer, (*_NEW_CHANNELS, *_DEPTHWISE)):
                     gates[step.name] = product.name
-                else:
-                    waiting.extend(step.inputs)
+                waiting.extend(step.inputs)
     return gates
 
 
@@ -204,10 +209,10 @@ def left_alone(graph: ModelGraph, before: int, pruned: Collection[str]) -> dict[
         step = graph.steps[number]
         if step.name in pruned or not isinstance(step.layer, (*_NEW_CHANNELS, *_DEPTHWISE)):
             continue
-        if isinstance(step.layer, _DEPTHWISE):
-            found[step.name] = "depthwise: loses the channels that are pruned before it"
-        elif step.name in gates:
+        if step.name in gates:
             found[step.name] = f"a gate of {gates[step.name]!r}"
+        elif isinstance(step.layer, _DEPTHWISE):
+            found[step.name] = "depthwise: loses the channels that are pruned before it"
         elif isinstance(step.layer, _TRANSPOSED):
             found[step.name] = "a transposed convolution"
         else:
@@ -312,6 +317,11 @@ def treats_channels_alike(layer: Any) -> bool:
     return isinstance(layer, alike) and not layer.weights
 
 
+def treats_positions_alone(layer: Any) -> bool:
+    """Whether a layer leaves a channel that is the same everywhere as it is."""
+    return isinstance(layer, (*_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Reshape))
+
+
 def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np.ndarray | None:
     """Sources of the channels that `step` returns, `None` where it makes new channels."""
     layer, source = step.layer, known[0]
@@ -323,21 +333,23 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
         )
     if _is_product(step):
         return _product_sources(graph, step, known)
-    if _is_sum(step) or (isinstance(layer, _NEW_CHANNELS) and not _softmax(layer)):
+    if _is_sum(step) or isinstance(layer, _NEW_CHANNELS):
         return None
-    if source is not None and not _softmax(layer):
+    if source is not None and not _softmax(layer) and not _normalises_positions(layer, last):
         if isinstance(layer, _DEPTHWISE):
             return np.repeat(source, layer.depth_multiplier)
         if isinstance(layer, _layers.Reshape) and graph.shapes[step.outputs[0]][-1] == len(source):
             return source
-        if isinstance(layer, _layers.Flatten):
+        if isinstance(layer, _layers.Flatten) and layer.data_format == "channels_last":
             return np.tile(source, int(graph.shapes[step.outputs[0]][-1] or 0) // len(source))
-        if _may_revive(step) or isinstance(layer, _INACTIVE + _SPATIAL):
+        apart = getattr(layer, "keeps_channels_apart", False)
+        if apart or _may_revive(step) or isinstance(layer, _INACTIVE + _SPATIAL):
             return source
     raise ValueError(
         f"The layer {step.name!r} ({type(layer).__name__}) comes after a pruned convolution, and "
-        "it is not known what becomes of a removed channel there. Give ratios that leave the "
-        "convolutions before it alone, or use layers whose channels stay apart (pooling, padding, "
+        "it is not known what becomes of a removed channel there. Leave the convolutions before it "
+        "alone (with `ratios` by name, or the `layers` of `ClassActivations`), or use layers whose "
+        "channels stay apart (pooling, padding, "
         "activations, batch normalisation, depthwise convolutions, Flatten, Concatenate, Add, "
         "Multiply). "
         f"Received: layer={step.name!r}"
@@ -384,7 +396,20 @@ def _may_revive(step: Step) -> bool:
     return constant or isinstance(step.layer, _REVIVING)
 
 
+def _normalises_positions(layer: Any, last: int) -> bool:
+    """Whether the layer is a batch normalisation along another axis than the last."""
+    axes = layer.axis if isinstance(layer, _layers.BatchNormalization) else last
+    return [axis % (last + 1) for axis in np.ravel(axes)] != [last]
+
+
 def _softmax(layer: Any) -> bool:
-    """Whether the layer ends in a softmax, which mixes channels."""
-    name = getattr(getattr(layer, "activation", None), "__name__", "")
-    return name in ("softmax", "log_softmax")
+    """Whether the layer ends in an activation that mixes channels, as a softmax does."""
+    function = getattr(layer, "activation", None)
+    return function is not None and _mixes(function)
+
+
+@lru_cache(maxsize=256)
+def _mixes(function: Any) -> bool:
+    with tf.init_scope():
+        one, other = (function(tf.constant([[0.0, value]])) for value in (0.0, 1.0))
+        return bool(one[0, 0] != other[0, 0])

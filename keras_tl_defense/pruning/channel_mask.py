@@ -12,7 +12,6 @@ from keras_tl_defense._keras import keras, register
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.pruning.masks import class_set_scores, filter_masks
 from keras_tl_defense.pruning.ratios import check_ratio
-from keras_tl_defense.pruning.removal import check_classes
 
 
 @register
@@ -39,6 +38,8 @@ class ChannelMask(keras.layers.Layer):
         [[[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]]
     """
 
+    keeps_channels_apart = True  # so that channels are followed through it
+
     def __init__(self, mask: Sequence[bool] | np.ndarray, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.mask = np.asarray(mask)
@@ -60,6 +61,9 @@ class ChannelMask(keras.layers.Layer):
             classes: Integers in `0..K-1`, at least one.
             ratio: Fraction of the filters that is removed, in `[0, 1)`.
 
+        Raises:
+            ValueError: `layer` is no convolution of the activations, or there are no such classes.
+
         Example:
             >>> activations = ClassActivations(model)
             >>> activations.adapt(x_train, y_train)
@@ -67,7 +71,12 @@ class ChannelMask(keras.layers.Layer):
             >>> int(mask.mask.sum())  # of 24 filters
             6
         """
-        chosen = np.array(check_classes(classes, activations))
+        chosen = np.array(activations.check_classes(classes))
+        if layer not in activations.filters:
+            raise ValueError(
+                f"{layer!r} is not a convolution of these activations. Those are: "
+                f"{', '.join(activations.filters)}. Received: layer={layer!r}"
+            )
         scores = class_set_scores(activations[layer], chosen[None])
         return cls(filter_masks(scores, check_ratio("ratio", ratio))[0])
 

@@ -15,19 +15,25 @@ from fractions import Fraction
 
 import numpy as np
 
+Ratio = float | Fraction
 
-def pruned_count(ratio: float, units: int) -> int:
+
+def exact(ratio: Ratio) -> Fraction:
+    """A ratio as the decimal number that it prints as, so that 0.29 of 100 is 29, not 28."""
+    return ratio if isinstance(ratio, Fraction) else Fraction(repr(float(ratio)))
+
+
+def pruned_count(ratio: Ratio, units: int) -> int:
     """Number of units that `ratio` prunes.
 
     Args:
-        ratio: Fraction of the units, in `[0, 1)`, taken as the decimal number that it prints as
-            (so that 0.29 of 100 is 29, not 28).
+        ratio: Fraction of the units, in `[0, 1)`; see `exact`.
         units: Number of units.
 
     Returns:
         `floor(ratio * units)`, at most `units - 1`.
     """
-    return min(math.floor(Fraction(repr(float(ratio))) * units), units - 1)
+    return min(math.floor(exact(ratio) * units), units - 1)
 
 
 def class_set_scores(activations: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -43,7 +49,7 @@ def class_set_scores(activations: np.ndarray, classes: np.ndarray) -> np.ndarray
     return activations[classes].max(axis=1)
 
 
-def filter_masks(scores: np.ndarray, ratio: float) -> np.ndarray:
+def filter_masks(scores: np.ndarray, ratio: Ratio) -> np.ndarray:
     """Which filters stay.
 
     Args:
@@ -64,7 +70,7 @@ def filter_masks(scores: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def connection_thresholds(
-    weights: np.ndarray, scores: np.ndarray, ratio: float
+    weights: np.ndarray, scores: np.ndarray, ratio: Ratio
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which Dense connections are pruned, as a threshold and a tie index for each set of classes.
 

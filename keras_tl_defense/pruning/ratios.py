@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Real
 
+from keras_tl_defense.pruning.masks import Ratio, exact
+
 
 def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
     """The ratio of each prunable layer.
@@ -77,25 +79,28 @@ def check_ratio(name: str, ratio: object) -> float:
     return number
 
 
-def rising_ratio(ratio: float, round: int, iterations: int) -> float:
+def rising_ratio(ratio: Ratio, round: int, iterations: int) -> Fraction:
     """The ratio of one round of pruning and training in turn: `ratio * round / iterations`.
 
     Args:
         ratio: Fraction pruned after the last round, in `[0, 1)`, taken as the decimal number that
-            it prints as (so that a third of 0.9 is 0.3).
+            it prints as.
         round: Number of the round, from 1 to `iterations`.
         iterations: Number of rounds.
+
+    Returns:
+        The exact number, so that a third of 0.5 prunes one filter of six.
 
     Raises:
         ValueError: There is no such round.
 
     Example:
-        >>> [rising_ratio(0.9, round, 3) for round in (1, 2, 3)]
-        [0.3, 0.6, 0.9]
+        >>> [str(rising_ratio(0.5, round, 3)) for round in (1, 2, 3)]
+        ['1/6', '1/3', '1/2']
     """
     if not 1 <= round <= iterations:
         raise ValueError(
             "Rounds are numbered from 1 to `iterations`. "
             f"Received: round={round}, iterations={iterations}"
         )
-    return float(Fraction(repr(float(ratio))) * round / iterations)
+    return exact(ratio) * round / iterations

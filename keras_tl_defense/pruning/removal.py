@@ -7,6 +7,7 @@ convolutions. A Dense layer loses single connections.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense._validation import check_integer
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import ACTIVATIONS, Block, follow_channels, number_filters
+from keras_tl_defense.pruning.blocks import (
+    Block,
+    follow_channels,
+    number_filters,
+    treats_positions_alone,
+)
 from keras_tl_defense.pruning.masks import class_set_scores
 
 PrunedCount = Callable[[int], tf.Tensor]
@@ -51,38 +56,21 @@ class Removal:
     sizes: tuple[int, ...]
     sources: tuple[int, ...]
 
-    def mask(self, weight: tf.Tensor, scores: tf.Tensor, pruned: PrunedCount) -> tf.Tensor:
+    def mask(self, weight: tf.Tensor, pruned: PrunedCount) -> tf.Tensor:
         """What is left of a weight: boolean tensor of its shape.
 
         Args:
             weight: The weight's values.
-            scores: `scores` as a tensor.
             pruned: How many units are pruned.
         """
+        scores = tf.constant(self.scores, tf.float32)
         if not self.sources:
             connections = tf.reshape(tf.abs(weight) * tf.cast(scores[:, None], weight.dtype), [-1])
             return tf.reshape(_stays(connections, pruned), tf.shape(weight))
         parts = [_stays(part, pruned) for part in tf.split(scores, self.sizes)]
-        kept = tf.gather(tf.concat([*parts, [True]], axis=0), np.array(self.sources))
+        places = np.where(np.array(self.sources) < 0, len(self.scores), self.sources)
+        kept = tf.gather(tf.concat([*parts, [True]], axis=0), places)
         return tf.broadcast_to(kept, tf.shape(weight))
-
-
-def check_classes(classes: Sequence[int], activations: ClassActivations) -> tuple[int, ...]:
-    """The classes as integers.
-
-    Raises:
-        RuntimeError: The activations were not computed yet.
-        ValueError: There are none, or the activations do not know them.
-    """
-    activations.require_adapted()
-    highest = activations.classes - 1
-    numbers = tuple(
-        check_integer("classes", number, 0, highest, "the classes of the activations")
-        for number in classes
-    )
-    if not numbers:
-        raise ValueError(f"Give at least one class. Received: classes={classes!r}")
-    return numbers
 
 
 def find_removals(
@@ -99,7 +87,7 @@ def find_removals(
         ValueError: A pruned channel meets a layer that puts something else than 0 in its place.
     """
     blocks = activations.blocks_of(graph)
-    chosen = np.array(check_classes(classes, activations))
+    chosen = np.array(activations.check_classes(classes))
     scores = {
         block.name: class_set_scores(activations[block.name], chosen[None])[0] for block in blocks
     }
@@ -131,36 +119,85 @@ def _channels(
     """For each layer with weights that must become 0: their names, and each channel's filter."""
     numbers = number_filters(filters)
     starts = {b.step.outputs[0]: n for b, n in zip(filters, numbers, strict=True)}
+    followed = follow_channels(graph, starts, graph.output)
+    _check_stay_zero(graph, followed, starts)
+    uses = Counter(id(step.layer) for step in graph.steps)
     found = {}
-    for tensor, sources in follow_channels(graph, starts, graph.output).items():
+    for tensor, sources in followed.items():
         step = graph.steps[graph.producer[tensor]]
-        _check_stays_zero(graph, step)
         names = next((n for kind, n in _WEIGHTS.items() if isinstance(step.layer, kind)), ())
         if tensor in starts:
             names = names or ("kernel", "bias")
         names = tuple(name for name in names if getattr(step.layer, name, None) is not None)
+        if names and uses[id(step.layer)] > 1:
+            raise ValueError(
+                f"The layer {step.layer.name!r} is used more than once, and a channel that is "
+                "removed in one place may stay in another. Give `ClassActivations` the `layers` to "
+                f"prune, without those before it. Received: layer={step.name!r}"
+            )
         if names:
             found[step.name] = (names, sources)
     return found
 
 
-def _check_stays_zero(graph: ModelGraph, step: Step) -> None:
-    """Refuse layers that make something else of a removed channel, whatever their weights."""
-    layer = step.layer
-    function: Any = layer if isinstance(layer, ACTIVATIONS) else getattr(layer, "activation", None)
-    offset = 0.0
-    if isinstance(layer, _layers.Rescaling):
-        offset = float(np.max(np.abs(layer.offset)))
-    elif isinstance(layer, _layers.Normalization):
-        offset = 1.0
-    elif function is not None and not isinstance(layer, _layers.PReLU):
-        offset = float(abs(function(tf.zeros((1, 1)))[0, 0]))
-    if offset:
-        raise ValueError(
-            f"The layer {step.name!r} makes {offset:g} of a channel that is 0, so no weights of "
-            f"the {graph.role} can remove the channels before it. Give `ClassActivations` the "
-            f"`layers` to prune, without those before it. Received: layer={step.name!r}"
+def _check_stay_zero(
+    graph: ModelGraph, followed: dict[int, np.ndarray], starts: dict[int, np.ndarray]
+) -> None:
+    """Refuse networks that make something else of a removed channel, whatever their weights.
+
+    The values that removed channels take are followed to where they are added to others, or read
+    by a layer that makes new channels; there they must be 0.
+    """
+    values: dict[int, np.ndarray] = {}
+    makers: dict[int, str] = {}
+    for step in graph.steps:
+        tensor = step.outputs[0]
+        for read in step.inputs:
+            if tensor not in followed and read in values and values[read].any():
+                largest = values[read][np.abs(values[read]).argmax()]
+                raise ValueError(
+                    f"The layer {makers[read]!r} makes {largest:.3g} of a channel that is 0, so no "
+                    f"weights of the {graph.role} can remove the channels before it. Give "
+                    "`ClassActivations` the `layers` to prune, without those before it. "
+                    f"Received: layer={makers[read]!r}"
+                )
+        if tensor in followed:
+            known = [values.get(t) for t in step.inputs]
+            values[tensor] = np.where(
+                followed[tensor] < 0, 0, _removed_values(graph, step, known, tensor in starts)
+            )
+            before = [makers[t] for t in step.inputs if t in makers and values[t].any()]
+            makers[tensor] = before[0] if before else step.name
+
+
+def _removed_values(
+    graph: ModelGraph, step: Step, known: list[np.ndarray | None], start: bool
+) -> np.ndarray:
+    """What the channels of a step's output are where they are removed."""
+    layer, channels = step.layer, int(graph.shapes[step.outputs[0]][-1] or 0)
+    if start:
+        return _applied(layer.activation, np.zeros(channels))
+    given = [np.zeros(channels) if value is None else value for value in known]
+    if isinstance(layer, _layers.BatchNormalization):
+        return given[0] * (layer.gamma is None)
+    if isinstance(layer, (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)):
+        return _applied(layer.activation, np.repeat(given[0], layer.depth_multiplier))
+    if isinstance(layer, _layers.Concatenate):
+        widths = [int(graph.shapes[t][-1] or 0) for t in step.inputs]
+        return np.concatenate(
+            [np.zeros(w) if v is None else v for v, w in zip(known, widths, strict=True)]
         )
+    if len(step.inputs) > 1:  # a product is 0 where one factor is
+        return np.prod([np.ones(channels) if value is None else value for value in known], axis=0)
+    if isinstance(layer, _layers.PReLU) or treats_positions_alone(layer):
+        return np.resize(given[0], channels)
+    rank = len(graph.shapes[step.inputs[0]])
+    row = tf.constant(given[0].reshape([1] * (rank - 1) + [-1]), tf.float32)
+    return np.asarray(step({step.inputs[0]: row})[0], np.float64).reshape(-1)
+
+
+def _applied(function: Any, values: np.ndarray) -> np.ndarray:
+    return np.asarray(function(tf.constant(values[None], tf.float32)), np.float64)[0]
 
 
 def _stays(scores: tf.Tensor, pruned: PrunedCount) -> tf.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class ActivationPruningSchedule(_Base):
         ratio(step) = ratio * round(step) / iterations
 
     With the legacy Keras it is a `PruningSchedule` of TensorFlow Model Optimization and also serves
-    `prune_low_magnitude`.
+    `prune_low_magnitude`; load such a model in `activation_prune_scope()`, which knows it.
 
     Args:
         ratio: Fraction that is pruned in the end, in `[0, 1)`.
@@ -83,7 +84,7 @@ class ActivationPruningSchedule(_Base):
         """
         current = self.round(step)
         begins = tf.not_equal(current, self.round(tf.cast(step, tf.int64) - 1))
-        return begins, tf.gather(tf.constant(self._ratios(), tf.float32), current)
+        return begins, tf.gather(tf.constant([float(r) for r in self._ratios()]), current)
 
     def pruned_count(self, step: Any, units: int) -> tf.Tensor:
         """How many of so many units are pruned in a training step, exactly: int32 tensor.
@@ -95,10 +96,10 @@ class ActivationPruningSchedule(_Base):
         counts = np.array([pruned_count(ratio, units) for ratio in self._ratios()], np.int32)
         return tf.gather(tf.constant(counts), self.round(step))
 
-    def _ratios(self) -> list[float]:
+    def _ratios(self) -> list[Fraction]:
         """The ratio of each round, from round 0."""
         rounds = range(1, self.iterations + 1)
-        return [0.0, *(rising_ratio(self.ratio, r, self.iterations) for r in rounds)]
+        return [Fraction(0), *(rising_ratio(self.ratio, r, self.iterations) for r in rounds)]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, in the nested form of TFMOT: `{"class_name": …, "config": {…}}`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._tfmot import import_tfmot
-from keras_tl_defense.activations import ClassActivations
+from keras_tl_defense.activations import ClassActivations, check_activations
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.removal import find_removals
 
@@ -44,8 +44,8 @@ def prune_low_activation(
     Raises:
         RuntimeError: Keras 3 is in use; or the activations were not computed.
         TypeError: `to_prune` is something else.
-        ValueError: There are no such classes, the activations are those of another model, or a
-            layer has nothing to prune.
+        ValueError: There are no such classes, the activations are those of another model, nothing
+            is pruned, or a nested model is called with `training=False`.
 
     Example:
         Under the legacy Keras, with a model and its activations:
@@ -62,18 +62,30 @@ def prune_low_activation(
         Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878, for TFMOT's way of pruning;
         Wu et al., "Defeating Misclassification Attacks Against Transfer Learning", IEEE TDSC 2022.
     """
-    import_tfmot()
+    tfmot = import_tfmot()
     from keras_tl_defense.pruning.wrapper import PruneLowActivation
 
+    if not isinstance(pruning_schedule, tfmot.sparsity.keras.PruningSchedule):
+        raise TypeError(
+            "`pruning_schedule` must be an `ActivationPruningSchedule` or another PruningSchedule "
+            f"of TFMOT. Received: pruning_schedule={pruning_schedule!r}"
+        )
+    check_activations(activations)
     whole = isinstance(to_prune, keras.Model)
     graph = ModelGraph(to_prune) if whole else activations.graph
-    removals = {
-        _layer_key(graph.step(name).layer, whole): removal
-        for name, removal in find_removals(graph, activations, classes).items()
-    }
+    removals: dict[Any, Any] = {}
+    for name, removal in find_removals(graph, activations, classes).items():
+        key = _layer_key(graph.step(name).layer, whole)
+        if key in removals:
+            raise ValueError(
+                f"Two layers of the activations' model are called {key!r}. Give the whole model. "
+                f"Received: {type(to_prune).__name__}"
+            )
+        removals[key] = removal
 
     def wrap(layer: Any) -> Any:
         if isinstance(layer, keras.Model):
+            _check_trains(layer)
             return keras.models.clone_model(layer, clone_function=wrap)
         removal = removals.get(_layer_key(layer, whole))
         return layer if removal is None else PruneLowActivation(layer, removal, pruning_schedule)
@@ -88,14 +100,26 @@ def prune_low_activation(
                 f"or a list of layers. Received: {type(layer).__module__}.{type(layer).__name__}"
             )
     wrapped = [wrap(layer) for layer in layers]
-    if isinstance(to_prune, list):
-        return wrapped
-    if wrapped[0] is to_prune:
+    if all(new is old for new, old in zip(wrapped, layers, strict=True)):
+        names = ", ".join(layer.name for layer in layers)
         raise ValueError(
-            f"The layer {to_prune.name!r} has nothing that these activations prune. They are of "
-            f"{', '.join(activations.layers)}. Received: to_prune={to_prune.name!r}"
+            f"These activations prune nothing of {names}. They are of "
+            f"{', '.join(activations.layers)}. Received: to_prune={names}"
         )
-    return wrapped[0]
+    return wrapped if isinstance(to_prune, list) else wrapped[0]
+
+
+def _check_trains(model: Any) -> None:
+    """Refuse models that call a nested one with `training=False`, where TFMOT prunes nothing."""
+    for layer in model.layers:
+        nodes = layer._inbound_nodes if isinstance(layer, keras.Model) else []
+        if any(node.call_kwargs.get("training") is False for node in nodes):
+            raise ValueError(
+                f"The model calls the nested model {layer.name!r} with `training=False`, and TFMOT "
+                "prunes only what it sees training. Use the callback `ActivationPruning`, or "
+                "build the model without `training=False` (frozen batch normalisations keep to "
+                f"their statistics anyway). Received: to_prune={model.name!r}"
+            )
 
 
 def _layer_key(layer: Any, whole: bool) -> Any:

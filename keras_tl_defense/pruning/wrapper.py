@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -33,19 +34,41 @@ class PruneLowActivation(PruneLowMagnitude):
 
     def __init__(self, layer: Any, removal: Removal, pruning_schedule: Any, **kwargs: Any) -> None:
         self._removal = removal
-        # TFMOT takes any layer that has this method.
-        layer.get_prunable_weights = lambda: [getattr(layer, name) for name in removal.weights]
-        super().__init__(layer, pruning_schedule=pruning_schedule, **kwargs)
+        with self._prunable(layer):
+            super().__init__(layer, pruning_schedule=pruning_schedule, **kwargs)
+
+    @contextmanager
+    def _prunable(self, layer: Any) -> Iterator[None]:
+        """What makes TFMOT take the layer; gone afterwards, so that the layer stays as it was."""
+        before = vars(layer).get("get_prunable_weights")
+        layer.get_prunable_weights = lambda: [getattr(layer, n) for n in self._removal.weights]
+        yield
+        del layer.get_prunable_weights
+        if before is not None:
+            layer.get_prunable_weights = before
 
     def add_weight(self, name: str, **kwargs: Any) -> Any:
         """Add a weight; TFMOT calls the masks of all weights alike, and HDF5 files refuse that."""
         taken = [w.name.split("/")[-1].split(":")[0] for w in self._non_trainable_weights]
         number = sum(other.rstrip("_0123456789") == name for other in taken)
+        if name in ("mask", "threshold"):  # under mixed precision, as the weight itself
+            kwargs["experimental_autocast"] = hasattr(self.prunable_weights[number], "true_dtype")
         return super().add_weight(f"{name}_{number}" if number else name, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         """Build the layer and its masks."""
-        super().build(input_shape)
+        with self._prunable(self.layer):
+            super().build(input_shape)
+        channels = len(self._removal.sources)
+        for weight in self.prunable_weights:
+            found = weight.shape[-1] if channels else weight.shape[0]
+            expected = channels or len(self._removal.scores)
+            if found != expected:
+                raise ValueError(
+                    f"The activations are those of another model: the layer {self.layer.name!r} "
+                    f"has {expected} units there. Compute those of the model that you prune. "
+                    f"Received: a layer with {found}"
+                )
         self.pruning_obj = _ActivationMasks(
             self._removal,
             training_step_fn=lambda: self.pruning_step,
@@ -98,5 +121,5 @@ class _ActivationMasks(Pruning):
             return tf.minimum(tf.cast(ratio * units, tf.int32), units - 1)
 
         values = tf.convert_to_tensor(weights)
-        mask = self._removal.mask(values, tf.constant(self._removal.scores, tf.float32), pruned)
+        mask = self._removal.mask(values, pruned)
         return tf.zeros((), weights.dtype), tf.cast(mask, weights.dtype)
