@@ -269,7 +269,7 @@ def test_it_warns_when_its_attacks_fail(
 
 def test_a_budget_for_nothing_but_the_first_candidate(student: Any, images: Images) -> None:
     defence = adapted(student, images, search_budget=1)
-    assert defence.ratios == {"conv1": 0.85}
+    assert defence.ratios == {"conv1": 0.5}
     assert len(defence.search_history) == 1
 
 
