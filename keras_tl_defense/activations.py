@@ -130,7 +130,7 @@ class ClassActivations:
         }
 
     def blocks_of(self, graph: ModelGraph) -> list[Block]:
-        """The same layers of another model, such as a copy.
+        """The same layers of another model, such as a copy with the same weights.
 
         Args:
             graph: The other model.

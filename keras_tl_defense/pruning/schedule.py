@@ -32,6 +32,9 @@ class ActivationPruningSchedule(_Base):
     With the legacy Keras it is a `PruningSchedule` of TensorFlow Model Optimization and also serves
     `prune_low_magnitude`; load such a model in `activation_prune_scope()`, which knows it.
 
+    The layers of their own that differentiators have with `tune="unfrozen"` are pruned by the same
+    ratios, round by round, and scored anew in each round.
+
     Args:
         ratio: Fraction that is pruned in the end, in `[0, 1)`.
         iterations: Rounds of pruning. Defaults to `5`.
