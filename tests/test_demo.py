@@ -72,6 +72,7 @@ class TinyDemo(Demo):
         return build_teacher((32, 32, 3), 4, widths=(8,))
 
 
+@pytest.mark.slow
 def test_an_attack_that_fails_proves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

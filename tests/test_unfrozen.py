@@ -61,7 +61,13 @@ def fitted(student: Any, three: Images, **options: Any) -> Any:
     return defence
 
 
-@pytest.mark.parametrize(("iterations", "head"), [(1, "one_vs_rest"), (2, "pair")])
+@pytest.mark.parametrize(
+    ("iterations", "head"),
+    [
+        pytest.param(1, "one_vs_rest", marks=pytest.mark.slow),
+        (2, "pair"),
+    ],
+)
 def test_end_to_end(iterations: int, head: str, mid: Any, three: Images, tmp_path: Path) -> None:
     before = [w.copy() for w in mid.get_weights()]
     defence = fitted(mid, three, iterations=iterations, head=head)
