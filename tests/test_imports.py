@@ -47,10 +47,14 @@ def test_another_backend_is_refused() -> None:
 def test_either_library_may_come_first(first: str) -> None:
     second = {"keras_tl_defense", "tensorflow_model_optimization"} - {first}
     script = f"""
+import importlib, os
 import tensorflow as tf
 mine = tf.keras.Model
-import {first}
-import {second.pop()}
+for name in ("{first}", "{second.pop()}"):
+    before = os.environ.get("TF_USE_LEGACY_KERAS")
+    importlib.import_module(name)
+    if name == "keras_tl_defense":
+        assert os.environ.get("TF_USE_LEGACY_KERAS") == before
 assert tf.keras.Model is mine
 from keras_tl_defense._keras import keras
 assert keras.Model is mine

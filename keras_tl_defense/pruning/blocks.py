@@ -29,7 +29,7 @@ _CONVOLUTIONS = (
 )
 _DEPTHWISE = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
 _TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose)
-ACTIVATIONS = (
+_ACTIVATIONS = (
     _layers.Activation,
     _layers.ReLU,
     _layers.LeakyReLU,
@@ -66,13 +66,13 @@ _REVIVING = (
     _layers.BatchNormalization,
     _layers.Rescaling,
     _layers.Normalization,
-    *ACTIVATIONS,
+    *_ACTIVATIONS,
     *_DEPTHWISE,
 )
 _NEW_CHANNELS = (*_CONVOLUTIONS, *_TRANSPOSED, _layers.Dense)
 _SUMS = (_layers.Add, _layers.Subtract, _layers.Average)
 _PRODUCTS = (_layers.Multiply,)
-_CHAIN = (_layers.BatchNormalization, *ACTIVATIONS, *_INACTIVE)
+_CHAIN = (_layers.BatchNormalization, *_ACTIVATIONS, *_INACTIVE)
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def follow_channels(
 
 def treats_channels_alike(layer: Any) -> bool:
     """Whether the layer does to some of a tensor's channels what it does to all of them."""
-    alike = (*ACTIVATIONS, *_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Concatenate)
+    alike = (*_ACTIVATIONS, *_INACTIVE, *_SPATIAL, _layers.Flatten, _layers.Concatenate)
     return isinstance(layer, alike) and not layer.weights
 
 
@@ -349,9 +349,8 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
         f"The layer {step.name!r} ({type(layer).__name__}) comes after a pruned convolution, and "
         "it is not known what becomes of a removed channel there. Leave the convolutions before it "
         "alone (with `ratios` by name, or the `layers` of `ClassActivations`), or use layers whose "
-        "channels stay apart (pooling, padding, "
-        "activations, batch normalisation, depthwise convolutions, Flatten, Concatenate, Add, "
-        "Multiply). "
+        "channels stay apart (pooling, padding, activations, batch normalisation, depthwise "
+        "convolutions, Flatten, Concatenate, Add, Multiply). "
         f"Received: layer={step.name!r}"
     )
 
@@ -365,7 +364,7 @@ def _product_sources(graph: ModelGraph, step: Step, known: list[np.ndarray | Non
         if len(source) != len(merged) or np.any((merged >= 0) & (source >= 0) & (merged != source)):
             raise ValueError(
                 f"The layer {step.name!r} multiplies channels of different pruned convolutions, "
-                "and one filter cannot stand for both. Give ratios that leave one of them alone. "
+                "and one filter cannot stand for both. Leave one of them alone, by name. "
                 f"Received: layer={step.name!r}"
             )
         merged = np.where(source >= 0, source, merged)
