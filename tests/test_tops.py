@@ -81,6 +81,12 @@ def cut_values(top: OwnTop, rows: int = 3, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (rows, *top.cut_shape)).astype(np.float32)
 
 
+def drawn_scores(top: OwnTop, seed: int = 2) -> Arrays:
+    """Scores with ties, and units that never fire."""
+    rng = np.random.default_rng(seed)
+    return {b.name: rng.integers(0, 3, b.units).astype(np.float32) for b in top.blocks}
+
+
 def optimizer(rate: float) -> Any:
     return keras.optimizers.serialize(keras.optimizers.Adam(rate))
 
@@ -156,30 +162,29 @@ def test_training_starts_at_the_student() -> None:
     expected = keras.Model(model.input, model.get_layer("fc").output)(x).numpy()
     trainer = TopTrainer(top, optimizer(0.0), outputs=1, iterations=2, epochs=1, batch_size=4)
     targets = np.float32([[0], [1]] * 3)
-    rows = np.arange(6)
-    trained = trainer.fit(
-        at_cut, targets, np.ones_like(targets), (rows[::2], rows[1::2]), np.random.default_rng(0)
-    )
+    scores = drawn_scores(top)
+    trained = trainer.fit(at_cut, targets, np.ones_like(targets), scores, np.random.default_rng(0))
     features = top.run(at_cut, trained.weights, trained.kept)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_round_leaves_exact_counts_and_the_most_active() -> None:
     top = make_top(student(), RATIOS)
-    rng = np.random.default_rng(0)
     weights, kept = top.start()
+    scores = drawn_scores(top)
     for number, (a, b, connections) in enumerate([(7, 6, 538), (6, 5, 404), (4, 4, 269)], 1):
-        most = 1 if number == 2 else 3  # in the second round nothing fires
-        activity = {b.name: rng.integers(0, most, b.units).astype(np.float32) for b in top.blocks}
         ratios = {name: rising_ratio(ratio, number, 3) for name, ratio in RATIOS.items()}
-        before, (weights, kept) = kept, top.prune(ratios, activity, weights, kept)
+        before, (weights, kept) = kept, top.prune(ratios, scores, weights, kept)
         assert (len(kept["a"]), len(kept["b"])) == (a, b)
-        assert np.count_nonzero(weights["fc/kernel"]) == min(connections, 16 * b * 7)
+        score = np.abs(student().get_layer("fc").get_weights()[0]) * scores["fc"][:, None]
+        stays = np.argsort(np.argsort(score, axis=None, kind="stable")) >= score.size - connections
+        inputs = np.isin(np.arange(96) % 6, kept["b"])
+        np.testing.assert_array_equal(weights["fc/kernel"] != 0, stays.reshape(score.shape)[inputs])
         assert {name: w.shape for name, w in weights.items()} == top.weight_shapes(ratios)
         for name, filters in kept.items():
             gone = np.setdiff1d(before[name], filters)
             assert set(filters) <= set(before[name])
-            ranks = [(activity[name][f], f) for f in [*gone, *filters]]
+            ranks = [(scores[name][f], f) for f in [*gone, *filters]]
             assert not len(gone) or max(ranks[: len(gone)]) < min(ranks[len(gone) :])
 
 
@@ -206,10 +211,6 @@ class CountingTop(OwnTop):
         self.runs += 1
         return super().run(*args)
 
-    def observe(self, *args: Any) -> Any:
-        self.runs += 1
-        return super().observe(*args)
-
 
 def problem(top: OwnTop, rows: int = 24, seed: int = 0) -> tuple[Any, ...]:
     """Values at the cut of two classes that differ, and what `fit` takes with them."""
@@ -219,7 +220,7 @@ def problem(top: OwnTop, rows: int = 24, seed: int = 0) -> tuple[Any, ...]:
     targets = np.zeros((rows, 2), np.float32)
     targets[half, 0] = targets[rows // 2 :, 1] = 1
     weights = np.where(targets == 1, 1.5, 0.5).astype(np.float32)
-    return x, targets, weights, (half, half + rows // 2)
+    return x, targets, weights, drawn_scores(top)
 
 
 def fit(trainer: TopTrainer, *data: Any) -> Any:
@@ -240,40 +241,14 @@ def test_training_lowers_the_loss_and_prunes() -> None:
         np.testing.assert_array_equal(new, old)
     assert trained.loss.shape == trained.accuracy.shape == (8,)
     assert trained.loss[7] < 0.9 * trained.loss[4]
-    assert 0.9 < trained.accuracy[7] <= 1
-    assert np.count_nonzero(trained.weights["fc/kernel"]) == 269  # of 672, 0.6 pruned
-    assert np.count_nonzero(trained.weights["fc/kernel"] == 0) == 16 * 4 * 7 - 269
+    assert 0.8 < trained.accuracy[7] <= 1
+    assert 0 < np.count_nonzero(trained.weights["fc/kernel"]) <= 269  # of 672, 0.6 pruned
     untrained = top.narrow(top.start()[0], top.start()[1], trained.kept)
     for name, weight in trained.weights.items():
         assert weight.dtype == np.float32
         assert not np.array_equal(weight, untrained[name]), name
     sizes = [array.nbytes for array in [*trained.weights.values(), *trained.kept.values()]]
     assert top.bytes_per_differentiator == sum(sizes)
-
-
-def test_units_are_scored_by_the_larger_class_mean_at_the_end_of_their_block() -> None:
-    model = student()
-    top = make_top(model, {"a": 0.5, "b": 0.4})
-    trainer = TopTrainer(top, optimizer(0.0), outputs=2, iterations=2, epochs=1, batch_size=10)
-    x, targets, weights, scored = problem(top)
-    trained = fit(trainer, x, targets, weights, scored)
-    silenced = student()  # its "b" hears nothing of the filters of "a" that are gone
-    kernel, bias = silenced.get_layer("b").get_weights()
-    tails = {
-        layer: keras.Model(silenced.get_layer("body").output, silenced.get_layer(end).output)
-        for layer, end in (("a", "a_act"), ("b", "b"))
-    }
-    kept = {"a": np.arange(8), "b": np.arange(6)}
-    for counts in ({"a": 6, "b": 5}, {"a": 4, "b": 4}):
-        for layer, tail in tails.items():
-            means = np.abs(tail(x, training=False).numpy()).mean(axis=(1, 2))
-            score = np.maximum(*(means[rows].mean(axis=0) for rows in scored))[kept[layer]]
-            kept[layer] = np.sort(kept[layer][np.argsort(score)[-counts[layer] :]])
-        gone = np.setdiff1d(np.arange(8), kept["a"])
-        kernel[:, :, gone] = 0
-        silenced.get_layer("b").set_weights([kernel, bias])
-    for layer, filters in kept.items():
-        np.testing.assert_array_equal(trained.kept[layer], filters)
 
 
 def test_a_trainer_serves_every_pair_without_a_new_trace() -> None:
@@ -284,7 +259,7 @@ def test_a_trainer_serves_every_pair_without_a_new_trace() -> None:
     fit(trainer, *problem(top, rows=17, seed=5))
     traces = top.runs
     again = fit(trainer, *problem(top))
-    assert top.runs == traces == 5  # to observe the Student, and to observe and train two rounds
+    assert top.runs == traces == 4  # features and training, in two rounds
     fresh = fit(trainer_of(top), *problem(top))
     tf.nest.map_structure(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), again, fresh

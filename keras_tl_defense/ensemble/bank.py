@@ -7,6 +7,7 @@ class, which says what else an image may be.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.tops import OwnTop
@@ -91,12 +91,12 @@ class DifferentiatorBank(keras.layers.Layer):
         self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
         self.levels = add(name="levels", shape=(pairs,), dtype="int32", initializer="zeros")
         self._activations, self._thresholds, self._ties = {}, {}, {}
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(self._layout.scored(top)):
             suffix = f"_{number}"
             self._activations[block.name] = add(
                 name="activations" + suffix, shape=(classes, block.units), initializer="zeros"
             )
-            if block.kind == "connections":
+            if block.kind == "connections" and block.name in self._layout.by_name:
                 self._thresholds[block.name] = add(
                     name="thresholds" + suffix, shape=(pairs + 1,), initializer="zeros"
                 )
@@ -123,15 +123,15 @@ class DifferentiatorBank(keras.layers.Layer):
                 )
         self.built = True
 
-    def prune(self, activations: ClassActivations, jitter_seed: np.ndarray) -> None:
+    def prune(self, activations: Mapping[str, np.ndarray], jitter_seed: np.ndarray) -> None:
         """Set every differentiator's masks by the activations of its two classes.
 
         Args:
-            activations: The classes' mean activations.
+            activations: The classes' mean activations of each pruned layer, `(classes, units)`.
             jitter_seed: Two int64 that decide the noise on the scores.
         """
-        for block in self._layout.blocks:
-            self._activations[block.name].assign(activations[block.name])
+        for name, weight in self._activations.items():
+            weight.assign(activations[name])
         self.jitter_seed.assign(jitter_seed)
         self.set_level(np.arange(len(self.pairs)), 0)
         self._set_masks(np.array([self.reference]), [np.arange(self._classes)], 0)
@@ -151,12 +151,9 @@ class DifferentiatorBank(keras.layers.Layer):
         masks = []
         for number, block in enumerate(layout.blocks):
             ratio = level_ratio(layout.ratios[block.name], level)
-            means = np.array(self._activations[block.name])
-            scores = class_set_scores(means, np.asarray(class_sets))
+            scores = self._scores(number, block, members, class_sets)
             if block.kind == "filters":
-                seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
-                noise = np.random.default_rng(seed).normal(size=(len(self.pairs) + 1, block.units))
-                masks.append(filter_masks(scores * np.exp(self._jitter * noise[members]), ratio))
+                masks.append(filter_masks(scores, ratio))
                 continue
             kernel = np.array(block.step.layer.kernel)
             found = connection_thresholds(kernel, scores, ratio)
@@ -165,6 +162,27 @@ class DifferentiatorBank(keras.layers.Layer):
         if masks:
             whole = np.concatenate(masks, axis=1)
             self.filter_masks.assign(_replaced(self.filter_masks, members, whole))
+
+    def own_scores(self, member: int) -> dict[str, np.ndarray]:
+        """Score of each unit of a differentiator's own layers, `(units,)` of each."""
+        own = [] if self.top is None else self.top.blocks
+        members = np.array([member])
+        return {
+            block.name: self._scores(number, block, members, self.pairs[members])[0]
+            for number, block in enumerate(own, len(self._layout.blocks))
+        }
+
+    def _scores(
+        self, number: int, block: Block, members: np.ndarray, class_sets: Any
+    ) -> np.ndarray:
+        """Scores of a layer's units, `(members, units)`; those of filters with jitter."""
+        means = np.array(self._activations[block.name])
+        scores = class_set_scores(means, np.asarray(class_sets))
+        if block.kind == "connections":
+            return scores
+        seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
+        noise = np.random.default_rng(seed).normal(size=(len(self.pairs) + 1, block.units))
+        return scores * np.exp(self._jitter * noise[members])
 
     @property
     def blocks(self) -> list[Block]:
@@ -198,13 +216,9 @@ class DifferentiatorBank(keras.layers.Layer):
         counts = np.bincount(np.array(self.levels), minlength=len(LEVELS))
         for level in np.flatnonzero(counts):
             for block in self._layout.blocks:
-                units = block.units
-                if block.kind == "connections":
-                    units = int(np.prod(block.step.layer.kernel.shape))
-                pruned = pruned_count(
-                    level_ratio(self._layout.ratios[block.name], int(level)), units
-                )
-                rows.append((int(level), int(counts[level]), block.name, units, units - pruned))
+                ratio = level_ratio(self._layout.ratios[block.name], int(level))
+                kept = block.size - pruned_count(ratio, block.size)
+                rows.append((int(level), int(counts[level]), block.name, block.size, kept))
             if self.top is not None:
                 rows.extend((int(level), int(counts[level]), *row) for row in self.top.kept())
         return rows
@@ -347,6 +361,10 @@ class _Layout:
         self.filters = [block for block in blocks if block.kind == "filters"]
         self.connections = [block for block in blocks if block.kind == "connections"]
         self.by_name = {block.name: block for block in blocks}
+
+    def scored(self, top: OwnTop | None) -> list[Block]:
+        """The pruned layers of the body, then those that each differentiator has of its own."""
+        return [*self.blocks, *([] if top is None else top.blocks)]
 
 
 def _feature_count(graph: ModelGraph, cut: int) -> int:

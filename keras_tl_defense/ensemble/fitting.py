@@ -83,7 +83,9 @@ def fit_differentiators(
         options: dict[str, Any] = {"rng": rng, "progress": bar.add}
         pairs = bank.pairs[members]
         if trainer is not None:
-            tops = tune_tops(body_values, own, members, pairs, head, trainer, **options)
+            tops = tune_tops(
+                body_values, own, members, pairs, head, trainer, bank.own_scores, **options
+            )
             bank.set_tops(members, *tops)
         heads = train_heads(features, own, members, pairs, bank.features, head, **options)
         bank.set_heads(members, heads.kernel, heads.bias)

@@ -310,10 +310,14 @@ class DifferentiatorEnsemble(keras.Model):
             ratios = {**frozen, **found.ratios, **own} if own else found.ratios
             self._make_bank(ratios, found.head_layer)
             self.search_history = found.history
-        activations = ClassActivations(
-            self.student, [block.name for block in self._bank.blocks], cut=self.head_layer
-        )
-        activations.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
+        activations: dict[str, np.ndarray] = {}
+        parts = [(self._bank.blocks, self.head_layer)]
+        if self._bank.top is not None:
+            parts.append((self._bank.top.blocks, None))
+        for blocks, end in parts:
+            means = ClassActivations(self.student, [block.name for block in blocks], cut=end)
+            means.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
+            activations |= {name: means[name] for name in means.layers}
         seed = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
         self._bank.prune(activations, seed.view(np.int64))
         self._set_stage(_ADAPTED)

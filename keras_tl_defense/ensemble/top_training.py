@@ -16,8 +16,8 @@ from keras_tl_defense.pruning.ratios import rising_ratio
 
 _RIDGE = 0.1  # of the mean squared length of a centred row
 
-Observe = Callable[[np.ndarray], tuple[tf.Tensor, dict[str, tf.Tensor]]]
-"""Maps values at the cut to features and to the activation of each pruned layer's units."""
+UnitScores = Callable[[int], Arrays]
+"""Maps the number of a differentiator to the scores of its own layers' units."""
 
 
 def tune_tops(
@@ -27,6 +27,7 @@ def tune_tops(
     pairs: np.ndarray,
     head: HeadKind,
     trainer: TopTrainer,
+    unit_scores: UnitScores,
     *,
     rng: np.random.Generator,
     progress: Callable[[int], None],
@@ -40,6 +41,7 @@ def tune_tops(
         pairs: Int array of shape `(bodies, 2)`: their classes.
         head: `"pair"` or `"one_vs_rest"`.
         trainer: Trains one after the other.
+        unit_scores: Says what is pruned first in a differentiator.
         rng: Chooses the images of other classes, and shuffles.
         progress: Called with the number of differentiators that are done since the last call.
 
@@ -50,8 +52,7 @@ def tune_tops(
     tops = []
     for number, member in enumerate(members):
         used = rows.weight[number] > 0
-        numbers, group = rows.numbers[number, used], rows.group[used]
-        unique, index = np.unique(numbers, return_inverse=True)
+        unique, index = np.unique(rows.numbers[number, used], return_inverse=True)
         values = cut_values(sample.images[unique], int(member))[index]
         positive = rows.positive[number, used].astype(np.float32)
         weight = rows.weight[number, used] / rows.weight[number, used].mean()
@@ -60,7 +61,7 @@ def tune_tops(
                 values.reshape(-1, *trainer.cut_shape),
                 positive,
                 np.broadcast_to(weight[:, None], positive.shape).astype(np.float32),
-                (np.flatnonzero(group == 0), np.flatnonzero(group == 1)),
+                unit_scores(int(member)),
                 rng,
             )
         )
@@ -89,12 +90,11 @@ class TrainedTop(NamedTuple):
 class TopTrainer:
     """Prunes and trains one differentiator's top after the other.
 
-    Each starts from the Student's weights. In every round its units are scored by their mean
-    |activation| on images of two classes, the larger of the two class means; the ratios of the
-    round (`rising_ratio`) say how many of them stay; and what stays is trained together with a
-    linear head, which starts at a ridge regression. That head only guides the training and is
-    dropped. Shapes depend on the round alone, so the graph and variables of a round serve every
-    differentiator.
+    Each starts from the Student's weights. In every round the units with the lowest scores go, as
+    many as the ratios of the round say, those of `ActivationPruningSchedule`; and what stays is
+    trained together with a linear head, which starts at a ridge regression. That head only guides
+    the training and is dropped. Shapes depend on the round alone, so the graph and variables of a
+    round serve every differentiator.
 
     Args:
         top: The layers.
@@ -131,15 +131,13 @@ class TopTrainer:
             )
             for number in range(1, iterations + 1)
         ]
-        rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
-        self._observe_student = tf.function(top.observe_student, input_signature=[rows])
 
     def fit(
         self,
         cut_values: np.ndarray,
         targets: np.ndarray,
         weights: np.ndarray,
-        scored: tuple[np.ndarray, np.ndarray],
+        scores: Arrays,
         rng: np.random.Generator,
     ) -> TrainedTop:
         """Prune and train one differentiator.
@@ -148,21 +146,20 @@ class TopTrainer:
             cut_values: Float32 array of shape `(rows, *cut shape)`: training images at the cut.
             targets: Float32 array of shape `(rows, outputs)`, 0 or 1.
             weights: Float32 array of shape `(rows, outputs)`: how much each counts in the loss.
-            scored: Numbers of the rows that are images of each of the two classes, by which units
-                are scored.
+            scores: Score of each unit of each pruned layer, `(units,)`.
             rng: Shuffles the rows.
         """
         top = self._top
-        observe: Observe = self._observe_student
         own, kept = top.start()
         history = []
         for current in self._rounds:
-            activity = self._class_scores(observe, cut_values, scored)
-            own, kept = top.prune(current.ratios, activity, own, kept)
+            own, kept = top.prune(current.ratios, scores, own, kept)
             current.start(own, kept)
-            observe = current.observe
-            features, _ = self._observe(observe, cut_values)
-            current.start_head(*_ridge(features, targets, weights))
+            features = [
+                current.features(cut_values[start : start + self._batch_size])
+                for start in range(0, len(cut_values), self._batch_size)
+            ]
+            current.start_head(*_ridge(np.concatenate(features), targets, weights))
             for _ in range(self._epochs):
                 order = rng.permutation(len(cut_values))
                 sums = [
@@ -174,23 +171,6 @@ class TopTrainer:
             own = current.weights()
         loss, accuracy = np.array(history, np.float32).T
         return TrainedTop(own, kept, loss, accuracy)
-
-    def _observe(self, observe: Observe, rows: np.ndarray) -> tuple[np.ndarray, Arrays]:
-        """Features and activations of all rows, computed in batches."""
-        parts = [
-            observe(rows[start : start + self._batch_size])
-            for start in range(0, len(rows), self._batch_size)
-        ]
-        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
-
-    def _class_scores(
-        self, observe: Observe, rows: np.ndarray, scored: tuple[np.ndarray, np.ndarray]
-    ) -> Arrays:
-        """The larger of the two class means of each unit's activation, `(units,)` per layer."""
-        first, second = (self._observe(observe, rows[numbers])[1] for numbers in scored)
-        return {
-            name: np.maximum(first[name].mean(axis=0), second[name].mean(axis=0)) for name in first
-        }
 
 
 class _Round:
@@ -222,7 +202,7 @@ class _Round:
         self._fresh_state = [_to_numpy(variable) for variable in self._optimizer.variables]
         rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
         logits = tf.TensorSpec((None, outputs), tf.float32)
-        self.observe = tf.function(self._observe, input_signature=[rows])
+        self.features = tf.function(self._features, input_signature=[rows])
         self.step = tf.function(self._train_step, input_signature=[rows, logits, logits])
 
     def start(self, weights: Arrays, kept: Arrays) -> None:
@@ -250,14 +230,14 @@ class _Round:
         tensors.update({name: tensors[name] * mask for name, mask in self._masks.items()})
         return tensors
 
-    def _observe(self, rows: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-        return self._top.observe(rows, self._masked(), self._kept)
+    def _features(self, rows: tf.Tensor) -> tf.Tensor:
+        return self._top.run(rows, self._masked(), self._kept)
 
     def _train_step(
         self, rows: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
-            features = self._top.run(rows, self._masked(), self._kept)
+            features = self._features(rows)
             logits = tf.linalg.matmul(features, self._kernel) + self._bias
             loss = weights * tf.nn.sigmoid_cross_entropy_with_logits(targets, logits)
             total = tf.reduce_sum(tf.reduce_mean(loss, axis=0))

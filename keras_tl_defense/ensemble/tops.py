@@ -28,8 +28,6 @@ from keras_tl_defense.pruning.masks import (
     pruned_count,
 )
 
-_TINY = np.finfo(np.float32).tiny
-
 
 def own_blocks(graph: ModelGraph, cut: int, end: int) -> list[Block]:
     """The unfrozen prunable layers between two tensors, in the order in which they run."""
@@ -123,19 +121,12 @@ class OwnTop:
     def kept(self) -> list[tuple[str, int, int]]:
         """Name, units and units kept of each pruned layer.
 
-        A unit is a filter or a connection. Connections of removed inputs are gone with them.
+        A unit is a filter or a connection, of removed inputs, too.
         """
-        shapes, counts = self.weight_shapes(), self.kept_counts()
-        rows = []
-        for block in self.blocks:
-            units, kept = block.units, counts.get(block.name, 0)
-            if block.kind == "connections":
-                name = f"{block.name}/kernel"
-                units = int(np.prod(self._weights[name].variable.shape))
-                left = units - pruned_count(self.ratios[block.name], units)
-                kept = min(left, int(np.prod(shapes[name])))
-            rows.append((block.name, units, kept))
-        return rows
+        return [
+            (block.name, block.size, block.size - pruned_count(self.ratios[block.name], block.size))
+            for block in self.blocks
+        ]
 
     def start(self) -> tuple[Arrays, Arrays]:
         """The Student's weights, and all filters kept."""
@@ -180,24 +171,6 @@ class OwnTop:
         channels = Channels(self._layers, kept)
         return self._features(self._layers.forward(cut_values, weights, channels), channels)
 
-    def observe(
-        self, cut_values: tf.Tensor, weights: Mapping[str, Any], kept: Mapping[str, Any]
-    ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-        """Features as `run` returns them, and the activations that pruning goes by.
-
-        Returns:
-            Float32 tensor of shape `(n, features)`, and for each pruned layer the mean
-            |activation| of its units over their positions, of shape `(n, units)`: filters at the
-            end of their block, or a Dense layer's inputs; 0 for what is removed.
-        """
-        channels = Channels(self._layers, kept)
-        values = self._layers.forward(cut_values, weights, channels)
-        activity = {}
-        for block in self.blocks:
-            units = channels.widen(tf.abs(values[block.tensor]), block.tensor)
-            activity[block.name] = tf.reduce_mean(units, axis=list(range(1, units.shape.rank - 1)))
-        return self._features(values, channels), activity
-
     def run_members(
         self,
         cut_values: tf.Tensor,
@@ -235,27 +208,22 @@ class OwnTop:
         )
         return tf.reshape(out, (-1, self.features))
 
-    def observe_student(self, cut_values: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-        """What `observe` returns for the Student's own weights, all filters kept."""
-        weights = {name: weight.variable for name, weight in self._weights.items()}
-        return self.observe(cut_values, weights, self._all_filters())
-
     def prune(
         self,
         ratios: Mapping[str, Ratio],
-        activity: Arrays,
+        scores: Arrays,
         weights: Arrays,
         kept: Arrays,
     ) -> tuple[Arrays, Arrays]:
         """Prune what is left, to ratios that are not lower than those that led to it.
 
-        Filters are removed and connections of Dense layers set to 0, the least active first, until
-        each layer has what its ratio leaves. A ratio of connections counts those of the full
-        kernel; the ones of removed inputs and the ones that are 0 already are the first of them.
+        Filters are removed and connections of Dense layers set to 0, the lowest scores first, until
+        each layer has what its ratio leaves; each layer on its own, so that connections of removed
+        inputs count as any others. Those score by the Student's weights.
 
         Args:
             ratios: Ratio of each pruned layer.
-            activity: Score of each unit of each pruned layer, `(units,)`.
+            scores: Score of each unit of each pruned layer, `(units,)`, the same in every round.
             weights: Compact weights.
             kept: Kept filters.
 
@@ -264,23 +232,19 @@ class OwnTop:
         """
         fewer = {}
         for block in self._filters:
-            scores = np.full((1, block.units), -1.0)
-            scores[0, kept[block.name]] = activity[block.name][kept[block.name]]
-            stays = filter_masks(scores, ratios[block.name])[0]
+            (stays,) = filter_masks(scores[block.name][None], ratios[block.name])
             fewer[block.name] = np.flatnonzero(stays).astype(np.int32)
         weights = self.narrow(weights, kept, fewer)
         for name, block in self.pruned_kernels.items():
-            kernel, inputs = weights[name], self.channels(block.tensor, fewer)
-            # A unit that never fires has its connections pruned after those that are gone.
-            scores = np.maximum(np.abs(kernel) * activity[block.name][inputs, None], _TINY)
-            full = np.zeros((block.units, kernel.shape[1]), np.float32)
-            full[inputs] = np.where(kernel == 0, 0, scores)
-            (threshold,), (tie,) = connection_thresholds(
-                full, np.ones((1, block.units), np.float32), ratios[block.name]
-            )
-            index = np.arange(full.size).reshape(full.shape)
-            stays = (full > threshold) | ((full == threshold) & (index > tie))
-            weights[name] = np.where(stays[inputs], kernel, 0)
+            inputs = self.channels(block.tensor, fewer)
+            kernel = np.array(self._weights[name].variable)
+            kernel[inputs] = weights[name]
+            own = scores[block.name]
+            (threshold,), (tie,) = connection_thresholds(kernel, own[None], ratios[block.name])
+            score = np.abs(kernel) * own[:, None]
+            index = np.arange(score.size).reshape(score.shape)
+            stays = (score > threshold) | ((score == threshold) & (index > tie))
+            weights[name] = np.where(stays, kernel, 0)[inputs]
         return weights, fewer
 
     def _features(self, values: dict[int, tf.Tensor], channels: Channels) -> tf.Tensor:

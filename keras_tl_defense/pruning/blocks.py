@@ -96,6 +96,12 @@ class Block:
     units: int
     problem: str | None
 
+    @property
+    def size(self) -> int:
+        """How many filters or connections there are."""
+        filters = self.kind == "filters"
+        return self.units if filters else int(np.prod(self.step.layer.kernel.shape))
+
     def checked(self) -> Block:
         """The block itself.
 

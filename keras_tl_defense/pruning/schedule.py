@@ -32,8 +32,8 @@ class ActivationPruningSchedule(_Base):
     With the legacy Keras it is a `PruningSchedule` of TensorFlow Model Optimization and also serves
     `prune_low_magnitude`; load such a model in `activation_prune_scope()`, which knows it.
 
-    The layers of their own that differentiators have with `tune="unfrozen"` are pruned by the same
-    ratios, round by round, and scored anew in each round.
+    The layers of their own that differentiators have with `tune="unfrozen"` are pruned alike: by
+    the classes' activations, the same units in the same rounds.
 
     Args:
         ratio: Fraction that is pruned in the end, in `[0, 1)`.
