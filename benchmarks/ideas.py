@@ -21,11 +21,11 @@ from students import Case, load_attacks, load_case
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
+from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.heads import fit_heads
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Auroc
-from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
 _PAIRS = 5

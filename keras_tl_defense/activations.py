@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
+from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.data import Batches, check_every_class
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import Block, find_blocks
 
 
 class ClassActivations:

@@ -11,10 +11,10 @@ import tensorflow as tf
 from oracles import connection_mask
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import find_blocks
 from keras_tl_defense.pruning.masks import connection_thresholds
 
 layers = keras.layers

@@ -88,7 +88,9 @@ def test_masks_that_do_not_fit_are_refused(student: Any, images: Images) -> None
 
 
 def test_layers_that_are_not_pruned_are_named(images: Images) -> None:
-    """A gate by layers and one by operators, a depthwise convolution, a pattern that leaves out."""
+    """A gate by layers and one by operators, a depthwise convolution, a pattern that leaves out,
+    and a layer that cannot be pruned.
+    """
     inputs = keras.Input(images.x_train.shape[1:])
     x = layers.Conv2D(8, 3, activation="relu", name="conv1")(inputs)
     gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
@@ -98,6 +100,7 @@ def test_layers_that_are_not_pruned_are_named(images: Images) -> None:
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
     x = x * (layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0))  # hard swish
     x = layers.Conv2D(6, 3, name="other")(x) + layers.Conv2D(6, 3, name="branch")(x)
+    x = layers.EinsumDense("bhwc,cd->bhwd", (None, None, 6), name="mixed")(x)
     x = layers.Flatten(name="flatten")(x)
     base = keras.Model(inputs, x, name="base")
     base.trainable = False
@@ -112,6 +115,7 @@ def test_layers_that_are_not_pruned_are_named(images: Images) -> None:
         "excite": "a gate of 'scale'",
         "depthwise": "depthwise: loses the channels that are pruned before it",
         "branch": "no ratio",
+        "mixed": "not prunable: EinsumDense",
     }
     with pytest.raises(ValueError, match="'excite' matches no prunable layer"):
         ktd.DifferentiatorEnsemble(student, {"excite": 0.5})

@@ -11,11 +11,11 @@ import pytest
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.top_training import TopTrainer, _ridge
 from keras_tl_defense.ensemble.tops import Arrays, OwnTop, own_blocks
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import find_blocks
 from keras_tl_defense.pruning.ratios import rising_ratio
 
 layers = keras.layers

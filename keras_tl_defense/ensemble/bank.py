@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.tops import OwnTop
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
     connection_thresholds,

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tl_defense.blocks import Block
+from keras_tl_defense.channels import number_filters
 from keras_tl_defense.ensemble.compact import Channels, CompactLayers, obstacle
 from keras_tl_defense.ensemble.masked import ConnectionMask
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import Block, number_filters
 
 _ROW_BYTES = 64 << 20  # for one tensor of the images that are computed at once
 

@@ -14,13 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.blocks import Block
+from keras_tl_defense.channels import follow_channels, number_filters
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import (
-    Block,
-    follow_channels,
-    number_filters,
-    treats_channels_alike,
-)
+from keras_tl_defense.layer_kinds import treats_channels_alike
 
 _layers = keras.layers
 _GATHERED = (

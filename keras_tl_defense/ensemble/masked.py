@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_tl_defense.blocks import Block
+from keras_tl_defense.channels import channel_sources
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import Block, channel_sources
 
 ConnectionMask = Callable[[str, tf.Tensor], tf.Tensor]
 """Maps a Dense layer's name and a member's number to the kernel's mask, `(inputs, units)`."""

@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras, register
 from keras_tl_defense._validation import check_callable, check_integer, check_positive
 from keras_tl_defense.activations import ClassActivations
+from keras_tl_defense.blocks import find_blocks, left_alone
 from keras_tl_defense.data import HIGHEST_PIXEL, LOWEST_PIXEL, Batches
 from keras_tl_defense.ensemble.arguments import (
     check_choice,
@@ -37,7 +38,6 @@ from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
-from keras_tl_defense.pruning.blocks import find_blocks, left_alone
 from keras_tl_defense.pruning.ratios import resolve_ratios
 from keras_tl_defense.serving import export_saved_model
 

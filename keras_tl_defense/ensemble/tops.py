@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.compact import (
     Arrays,
     Channels,
@@ -20,7 +21,6 @@ from keras_tl_defense.ensemble.compact import (
     steps_between,
 )
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.blocks import Block, find_blocks
 from keras_tl_defense.pruning.masks import (
     Ratio,
     connection_thresholds,

@@ -14,6 +14,8 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.attacks import MimicryAttack, plan_attacks
+from keras_tl_defense.blocks import Block, find_blocks
+from keras_tl_defense.channels import channel_sources
 from keras_tl_defense.data import Batches
 from keras_tl_defense.ensemble.bank import input_score
 from keras_tl_defense.ensemble.body import CompactBody
@@ -21,7 +23,6 @@ from keras_tl_defense.ensemble.heads import fit_heads
 from keras_tl_defense.ensemble.training import ClassImages
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Auroc
-from keras_tl_defense.pruning.blocks import Block, channel_sources, find_blocks
 from keras_tl_defense.pruning.masks import filter_masks
 
 _ATTACKS = 128  # images that are crafted at each layer

@@ -17,13 +17,10 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.activations import ClassActivations
+from keras_tl_defense.blocks import Block
+from keras_tl_defense.channels import follow_channels, number_filters
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.pruning.blocks import (
-    Block,
-    follow_channels,
-    number_filters,
-    treats_positions_alone,
-)
+from keras_tl_defense.layer_kinds import treats_positions_alone
 from keras_tl_defense.pruning.masks import class_set_scores
 
 PrunedCount = Callable[[int], tf.Tensor]
