@@ -100,7 +100,7 @@ def test_layers_that_are_not_pruned_are_named(images: Images) -> None:
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
     x = x * (layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0))  # hard swish
     x = layers.Conv2D(6, 3, name="other")(x) + layers.Conv2D(6, 3, name="branch")(x)
-    x = layers.EinsumDense("bhwc,cd->bhwd", (8, 8, 6), name="mixed")(x)
+    x = layers.EinsumDense("bhwc,cd->bhwd", (6, 6, 6), name="mixed")(x)
     x = layers.Flatten(name="flatten")(x)
     base = keras.Model(inputs, x, name="base")
     base.trainable = False
