@@ -184,7 +184,7 @@ class Demo:
         seconds = ", ".join(f"{step} {time:.1f}" for step, time in self.seconds.items())
         return (
             f"# A defended Student ({self.data}, cut at `{defence.cut}`, seed {self.seed})\n\n"
-            f"{defence.classes} classes, {len(defence.pairs)} differentiators, "
+            f"{defence.classes} classes, {len(defence.member_classes)} differentiators, "
             f"{defence.ensemble_size} drawn for each input. The search chose to prune {pruned}, "
             f"with heads that read `{defence.head_layer}`. Calibrated on {kept.n} held-out images "
             f"that the Student answers rightly to keep {asked:.0%}; {kept} are kept. Attacks: "

@@ -60,7 +60,7 @@ def check_masked(defence: Any, x: np.ndarray) -> None:
     bank, graph = defence.get_layer("differentiators"), defence._graph
     (tensor,) = bank.needs
     x = x[:3].astype(np.float32)
-    member = len(bank.pairs) - 1
+    member = bank.count - 1
     mask, removed, start = bank.filter_mask(member), {}, 0
     for block in bank.blocks:
         if block.kind == "filters":

@@ -105,9 +105,9 @@ def test_classes_that_cannot_be_told_apart_are_pruned_more_gently(
     assert len(history["loss"]) == len(history["accuracy"]) == 3
     weights = weights_of(defence)
     levels, kept = weights["levels"], weights["filter_masks"]
-    assert defence.pairs[0].tolist() == [0, 1]
+    assert defence.member_classes[0].tolist() == [0, 1]
     assert levels[0] == 2
-    alike = (defence.pairs < 2).any(axis=1)
+    alike = (defence.member_classes < 2).any(axis=1)
     assert (levels[~alike] == 0).all()
     if head == "pair":
         assert (levels[1:] == 0).all()
@@ -155,6 +155,6 @@ def test_too_many_heads_are_refused(student: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size)
     ktd.DifferentiatorEnsemble(student, 0.5)
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size - 1)
-    with pytest.raises(ValueError, match=r"GiB.*`head_layer=`.*`head=\"pair\"`.*15 pairs"):
+    with pytest.raises(ValueError, match=r"GiB.*`members_per_class=`.*`head=\"pair\"`.*15 diff"):
         ktd.DifferentiatorEnsemble(student, 0.5)
     ktd.DifferentiatorEnsemble(student, 0.5, head="pair")

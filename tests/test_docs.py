@@ -17,7 +17,7 @@ from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import base, mimicry, targets
 from keras_tl_defense.ensemble import calibration, heads, model, search, trial
-from keras_tl_defense.evaluation import plots, report, roc
+from keras_tl_defense.evaluation import plots, report, roc, sizes
 from keras_tl_defense.pruning import callback, channel_mask, masks, ratios, schedule
 
 README = Path(__file__).parent.parent / "README.md"
@@ -87,7 +87,7 @@ def test_docstrings_of_results(
     attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
     result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
     defence.search_history = draw_history()
-    for module in (base, report, plots, roc):
+    for module in (base, report, plots, roc, sizes):
         made = {"evaluate_defence": ktd.evaluate_defence}
         globs = {**made, **vars(module), **names, "defence": defence, "result": result}
         examples = doctest.testmod(module, globs=globs)

@@ -149,7 +149,7 @@ def other_classes_rejected(defence: Any, images: Images) -> float:
     bank = defence.get_layer("differentiators")
     values = defence._graph.run(images.x_test.astype(np.float32), bank.needs)
     rejected = []
-    for number, pair in enumerate(defence.pairs):
+    for number, pair in enumerate(defence.member_classes):
         foreign = np.flatnonzero(~np.isin(images.y_test, pair))
         features = bank.body_features(values, foreign[None].astype(np.int32), np.int32([number]))
         members = np.full((len(foreign), 1), number, np.int32)

@@ -73,9 +73,11 @@ def test_every_figure(defence: Any, images: Images, results: dict[str, AttackRes
         ("targeted", "undefended_success"): (hit.sum(), 60),
         ("targeted", "defended_success"): ((hit & taken).sum(), 60),
         ("targeted", "accepted"): (taken.sum(), 60),
+        ("targeted", "adversarial_accuracy"): ((crafted["answer"] == y + 1).sum(), 60),
         ("untargeted", "undefended_success"): (away.sum(), 60),
         ("untargeted", "defended_success"): ((away & taken).sum(), 60),
         ("untargeted", "accepted"): (taken.sum(), 60),
+        ("untargeted", "adversarial_accuracy"): ((crafted["answer"] == y + 1).sum(), 60),
     }
     got = {(r.inputs, r.metric): (r.count, r.n) for r in table.itertuples()}
     assert got == expected

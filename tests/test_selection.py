@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from keras_tl_defense.ensemble import selection
-from keras_tl_defense.ensemble.selection import _siphash, draw, fingerprint, new_key
+from keras_tl_defense.ensemble.selection import (
+    _siphash,
+    draw,
+    fingerprint,
+    fresh_numbers,
+    new_key,
+)
 
 MASK = 2**64 - 1
 
@@ -68,8 +74,14 @@ def images(count: int) -> tf.Tensor:
     return tf.constant(rng.integers(0, 256, (count, 6, 6, 3)), tf.float32)
 
 
+def draw_of(x: tf.Tensor, key: tf.Tensor, candidates: int, count: int) -> tf.Tensor:
+    """A draw from as many candidates for every image."""
+    there = tf.fill([len(x)], candidates)
+    return draw(fingerprint(x), key, there, candidates, count)
+
+
 def test_the_draw_is_uniform_and_without_replacement() -> None:
-    drawn = draw(fingerprint(images(6000)), tf.constant(new_key()), 9, 4).numpy()
+    drawn = draw_of(images(6000), tf.constant(new_key()), 9, 4).numpy()
     assert all(len(set(row)) == 4 for row in drawn)
     for position in range(4):
         assert chisquare(np.bincount(drawn[:, position], minlength=9)).pvalue > 1e-4
@@ -81,15 +93,37 @@ def test_the_draw_is_uniform_and_without_replacement() -> None:
 def test_the_draw_depends_on_the_image_and_the_key_alone() -> None:
     x = images(40)
     key = tf.constant(new_key())
-    drawn = draw(fingerprint(x), key, 20, 5).numpy()
+    drawn = draw_of(x, key, 20, 5).numpy()
     order = np.random.default_rng(1).permutation(40)
-    shuffled = draw(fingerprint(tf.gather(x, order)), key, 20, 5).numpy()
+    shuffled = draw_of(tf.gather(x, order), key, 20, 5).numpy()
     np.testing.assert_array_equal(shuffled, drawn[order])
     for index in (0, 17):
-        alone = draw(fingerprint(x[index : index + 1]), key, 20, 5).numpy()
+        alone = draw_of(x[index : index + 1], key, 20, 5).numpy()
         np.testing.assert_array_equal(alone[0], drawn[index])
-    other = draw(fingerprint(x), tf.constant(new_key()), 20, 5).numpy()
+    other = draw_of(x, tf.constant(new_key()), 20, 5).numpy()
     assert (other != drawn).any(axis=1).mean() > 0.9
+
+
+def test_examples_draw_from_as_many_as_they_have() -> None:
+    x, key = images(4000), tf.constant(new_key())
+    there = np.where(np.arange(4000) % 2, 6, 9).astype(np.int32)
+    drawn = draw(fingerprint(x), key, tf.constant(there), 11, 6).numpy()
+    assert all(sorted(row) == list(range(6)) for row in drawn[1::2])
+    assert chisquare(np.bincount(drawn[::2].ravel(), minlength=9)).pvalue > 1e-4
+    assert drawn.max() == 8
+    fewer = draw(fingerprint(x), key, tf.constant(there), 11, 2).numpy()
+    np.testing.assert_array_equal(fewer, drawn[:, :2])
+
+
+def test_fresh_numbers_heed_no_seed() -> None:
+    @tf.function
+    def fresh() -> tf.Tensor:
+        return fresh_numbers(tf.constant(50))
+
+    tf.random.set_seed(0)
+    first = fresh().numpy()
+    tf.random.set_seed(0)
+    assert len(set(first) | set(fresh().numpy())) == 100
 
 
 def test_one_grey_level_makes_another_fingerprint() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -118,32 +119,37 @@ def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch
 @given(
     st.lists(st.integers(1, 70), min_size=2, max_size=7),
     st.sampled_from(["pair", "one_vs_rest"]),
+    st.integers(2, 4),
     st.integers(0, 99),
 )
-def test_every_group_of_rows_counts_the_same(counts: list[int], head: Any, seed: int) -> None:
+def test_every_group_of_rows_counts_the_same(
+    counts: list[int], head: Any, size: int, seed: int
+) -> None:
     classes = len(counts)
+    size = min(size, classes)
     label = np.repeat(np.arange(classes), counts)
-    pairs = np.stack(np.triu_indices(classes, 1), axis=1)
-    rows = choose_rows(np.array(counts), pairs, head, np.random.default_rng(seed))
-    assert rows.numbers.shape == rows.weight.shape == (len(pairs), len(rows.group))
-    assert rows.positive.shape == (*rows.numbers.shape, 1 if head == "pair" else 2)
-    others = head == "one_vs_rest" and classes > 2
-    assert set(rows.group) == ({0, 1, 2} if others else {0, 1})
+    sets = np.array(list(combinations(range(classes), size)))
+    rows = choose_rows(np.array(counts), sets, head, np.random.default_rng(seed))
+    heads = 1 if head == "pair" and size == 2 else size
+    assert rows.numbers.shape == rows.weight.shape
+    assert rows.positive.shape == (*rows.numbers.shape, heads)
+    others = head == "one_vs_rest" and classes > size
     for numbers, weight, positive, pair in zip(
-        rows.numbers, rows.weight, rows.positive, pairs, strict=True
+        rows.numbers, rows.weight, rows.positive, sets, strict=True
     ):
         used = weight > 0
-        for group in (0, 1):
-            own = used & (rows.group == group)
-            assert sorted(numbers[own]) == np.flatnonzero(label == pair[group]).tolist()
-            np.testing.assert_allclose(weight[own], 1 / counts[pair[group]])
-            np.testing.assert_allclose(weight[rows.group == group].sum(), 1)
-        for index in range(positive.shape[1]):
+        foreign = used & ~np.isin(label[numbers], pair)
+        assert foreign.any() == others
+        for group in pair:
+            own = used & (label[numbers] == group)
+            assert sorted(numbers[own]) == np.flatnonzero(label == group).tolist()
+            np.testing.assert_allclose(weight[own], 1 / counts[group])
+        for index in range(heads):
             np.testing.assert_array_equal(
                 positive[used, index], label[numbers[used]] == pair[index]
             )
         if others:
-            drawn = used & (rows.group == 2)
+            drawn = foreign
             assert len(np.unique(numbers[drawn])) == drawn.sum()
             np.testing.assert_allclose(weight[drawn], 1 / drawn.sum())
             times = np.bincount(label[numbers[drawn]], minlength=classes)

@@ -89,7 +89,7 @@ def test_end_to_end(iterations: int, head: str, mid: Any, three: Images, tmp_pat
     in_fresh_process(SERVE, folder, tmp_path / "x.npy", tmp_path / "served.npz")
     for kind in ("loaded", "served"):
         other = dict(np.load(tmp_path / f"{kind}.npz"))
-        assert set(other) == set(details) - ({"members"} if kind == "served" else set())
+        assert set(other) == set(details) - ({"members", "margins"} if kind == "served" else set())
         for field in other:
             np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
 
@@ -126,7 +126,7 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
     assert (details["members"] < 3).all()
     for index, answered in enumerate(details["student_class"]):
         drawn = details["members"][index]
-        said = [margins[m, index, list(defence.pairs[m]).index(answered)] for m in drawn]
+        said = [margins[m, index, list(defence.member_classes[m]).index(answered)] for m in drawn]
         others = np.delete(rivals[index], answered)
         score = np.mean(said) + 2 * rivals[index, answered] - 2.25 * max(others)
         assert details["score"][index] == pytest.approx(score, rel=1e-3, abs=1e-3)
@@ -171,7 +171,7 @@ def test_own_layers_lose_what_the_callback_prunes(mid: Any, three: Images) -> No
     kernels = np.array(own._top_weights["fc/kernel"])
     activations = ktd.ClassActivations(mid, ["own", "fc"])
     activations.adapt(three.x_train, three.y_train, verbose=0)
-    for member, classes in enumerate(defence.pairs):
+    for member, classes in enumerate(defence.member_classes):
         model = keras.models.clone_model(mid)
         model.set_weights(mid.get_weights())
         model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -227,7 +227,7 @@ def test_ratios_are_searched_for_frozen_layers(
 
 def test_too_much_memory_is_refused(mid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", 3000)
-    with pytest.raises(ValueError, match=r'GiB.*`tune="head"`.*Received: 3 pairs'):
+    with pytest.raises(ValueError, match=r'GiB.*`tune="head"`.*Received: 3 differentiators'):
         ktd.DifferentiatorEnsemble(mid, RATIOS, tune="unfrozen")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from math import comb
 from typing import Any
 
 import numpy as np
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
+from keras_tl_defense.ensemble.roster import Roster
 from keras_tl_defense.graph import ModelGraph
+
+_MEMBERS_OF_GROUPS = 10  # that know a class, unless the user says otherwise
 
 
 def class_count(graph: ModelGraph) -> int:
@@ -23,12 +27,50 @@ def class_count(graph: ModelGraph) -> int:
     return shape[1]
 
 
-def check_ensemble_size(ensemble_size: int | None, classes: int) -> int:
-    """The ensemble size, by default 5 or what there are; `ValueError` outside 1..K-1."""
+def make_roster(
+    classes: int, classes_per_member: int, members_per_class: int | None, grouping: str
+) -> Roster:
+    """Which differentiators there are; `ValueError` where that cannot be."""
+    most = max(2, classes - 1)
+    size = check_integer(
+        "classes_per_member", classes_per_member, 2, most, f"for the {classes} classes"
+    )
+    check_choice("grouping", grouping, ("likeness", "random"))
+    known = comb(classes - 1, size - 1)
+    if members_per_class is None:
+        each = known if size == 2 else min(_MEMBERS_OF_GROUPS, known)
+    else:
+        why = f"because {known} different ones can know a class"
+        each = check_integer("members_per_class", members_per_class, 1, known, why)
+    return Roster(classes, size, each, grouping == "likeness")
+
+
+def check_ensemble_size(ensemble_size: int | None, roster: Roster) -> int:
+    """The ensemble size, by default 5 or what there are; `ValueError` for more than there are."""
     if ensemble_size is None:
-        return min(5, classes - 1)
-    why = f"because only K-1 = {classes - 1} differentiators know a class"
-    return check_integer("ensemble_size", ensemble_size, 1, classes - 1, why)
+        return min(5, roster.each)
+    why = f"because only {roster.each} differentiators know a class"
+    return check_integer("ensemble_size", ensemble_size, 1, roster.each, why)
+
+
+def check_vote(head: str, roster: Roster, ensemble_size: int | None) -> None:
+    """Refuse vote mode where a class cannot win against each of the others."""
+    every = roster.classes - 1
+    problem = ""
+    if head != "pair":
+        problem = f'`head` is {head!r}; give `head="pair"`, whose heads choose one of two classes'
+    elif roster.size > 2:
+        problem = "a differentiator knows more than two classes; leave out `classes_per_member`"
+    elif roster.each < every:
+        problem = "some pairs of classes have no differentiator; leave out `members_per_class`"
+    elif ensemble_size not in (None, every):
+        problem = "all of them vote; leave out `ensemble_size`"
+    if problem:
+        raise ValueError(
+            "In vote mode a class must win against each of the others, so every pair of classes "
+            f"needs a differentiator that says one of the two: {problem}. "
+            "Received: mode='vote'"
+        )
 
 
 def serialize_preprocessing(preprocessing: Any) -> Any:

@@ -18,7 +18,11 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.roster import Roster, find_members
+from keras_tl_defense.ensemble.selection import draw
 from keras_tl_defense.ensemble.tops import OwnTop
+from keras_tl_defense.ensemble.training import HeadKind, head_count
+from keras_tl_defense.ensemble.voting import find_winner
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
@@ -38,21 +42,21 @@ _TOO_MANY_BYTES = 8 << 30
 
 
 class DifferentiatorBank(keras.layers.Layer):
-    """The differentiators of all pairs of classes.
+    """The differentiators of a Student.
 
     Args:
         graph: The Student.
         tensor: Number of the tensor that the heads read; the frozen body ends there.
         ratios: Ratio of each pruned layer.
-        classes: Number of classes K.
-        heads: Heads of each differentiator: 1, the first class against the second, or 2, each
-            against all other classes.
+        roster: How many differentiators there are, and which classes they know.
+        head: `"pair"`: the classes of a differentiator against each other, one head for two of
+            them; or `"one_vs_rest"`: a head for each against all other classes.
         jitter: Standard deviation of the normal noise on the logarithms of the filters' scores.
         top: The layers after the tensor, of which each differentiator has its own; `None` lets the
             heads read the tensor itself.
 
     Attributes:
-        pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
+        count: Number of differentiators.
         features: Size of what the heads read.
         needs: Numbers of the tensors that `body_features` takes from a pass over the images.
     """
@@ -62,9 +66,9 @@ class DifferentiatorBank(keras.layers.Layer):
         graph: ModelGraph,
         tensor: int,
         ratios: dict[str, float],
-        classes: int,
+        roster: Roster,
         *,
-        heads: int,
+        head: HeadKind,
         jitter: float,
         top: OwnTop | None = None,
         **kwargs: Any,
@@ -75,21 +79,27 @@ class DifferentiatorBank(keras.layers.Layer):
         self._graph = graph
         self._body = MaskedBody(graph, tensor, blocks)
         self.needs = (tensor,)
-        self._classes = classes
+        self._roster, self._apart = roster, head == "pair"
         self._jitter = jitter
-        self.pairs = np.stack(np.triu_indices(classes, 1), axis=1)
         self.top = top
         self.features = _feature_count(graph, tensor) if top is None else top.features
-        pairs = len(self.pairs)
-        _check_size(pairs, heads, self.features, top)
-        self.reference = pairs
+        count, classes, heads = roster.count, roster.classes, head_count(head, roster.size)
+        _check_size(count, heads, self.features, top)
+        self.count = self.reference = count
         add = self.add_weight
+        self._member_classes = add(
+            name="member_classes", shape=(count, roster.size), dtype="int32", initializer="zeros"
+        )
+        self._members_of = add(
+            name="members_of", shape=(classes, roster.most), dtype="int32", initializer="zeros"
+        )
+        self._known_by = add(name="known_by", shape=(classes,), dtype="int32", initializer="zeros")
         filters = sum(block.units for block in self._layout.filters)
         self.filter_masks = add(
-            name="filter_masks", shape=(pairs + 1, filters), dtype="bool", initializer="ones"
+            name="filter_masks", shape=(count + 1, filters), dtype="bool", initializer="ones"
         )
         self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
-        self.levels = add(name="levels", shape=(pairs,), dtype="int32", initializer="zeros")
+        self.levels = add(name="levels", shape=(count,), dtype="int32", initializer="zeros")
         self._activations, self._thresholds, self._ties = {}, {}, {}
         for number, block in enumerate(self._layout.scored(top)):
             suffix = f"_{number}"
@@ -98,13 +108,13 @@ class DifferentiatorBank(keras.layers.Layer):
             )
             if block.kind == "connections" and block.name in self._layout.by_name:
                 self._thresholds[block.name] = add(
-                    name="thresholds" + suffix, shape=(pairs + 1,), initializer="zeros"
+                    name="thresholds" + suffix, shape=(count + 1,), initializer="zeros"
                 )
                 self._ties[block.name] = add(
-                    name="ties" + suffix, shape=(pairs + 1,), dtype="int64", initializer="zeros"
+                    name="ties" + suffix, shape=(count + 1,), dtype="int64", initializer="zeros"
                 )
-        self.kernel = add(name="kernel", shape=(pairs, heads, self.features), initializer="zeros")
-        self.bias = add(name="bias", shape=(pairs, heads), initializer="zeros")
+        self.kernel = add(name="kernel", shape=(count, heads, self.features), initializer="zeros")
+        self.bias = add(name="bias", shape=(count, heads), initializer="zeros")
         width = _feature_count(graph, tensor)
         self.rival_kernel = add(name="rival_kernel", shape=(width, classes), initializer="zeros")
         self.rival_bias = add(name="rival_bias", shape=(classes,), initializer="zeros")
@@ -112,29 +122,42 @@ class DifferentiatorBank(keras.layers.Layer):
         if top is not None:
             for number, (name, shape) in enumerate(top.weight_shapes().items()):
                 self._top_weights[name] = add(
-                    name=f"top_{number}", shape=(pairs, *shape), initializer="zeros"
+                    name=f"top_{number}", shape=(count, *shape), initializer="zeros"
                 )
-            for number, (name, count) in enumerate(top.kept_counts().items()):
+            for number, (name, kept) in enumerate(top.kept_counts().items()):
                 self._top_kept[name] = add(
                     name=f"top_kept_{number}",
-                    shape=(pairs, count),
+                    shape=(count, kept),
                     dtype="int32",
                     initializer="zeros",
                 )
         self.built = True
 
-    def prune(self, activations: Mapping[str, np.ndarray], jitter_seed: np.ndarray) -> None:
-        """Set every differentiator's masks by the activations of its two classes.
+    def prune(
+        self,
+        activations: Mapping[str, np.ndarray],
+        jitter_seed: np.ndarray,
+        rng: np.random.Generator,
+    ) -> None:
+        """Draw every differentiator's classes, and set its masks by their activations.
 
         Args:
             activations: The classes' mean activations of each pruned layer, `(classes, units)`.
             jitter_seed: Two int64 that decide the noise on the scores.
+            rng: Decides the classes of each.
         """
+        roster = self._roster
+        nothing = np.zeros((roster.classes, 0))
+        drawn = roster.draw(np.concatenate([nothing, *activations.values()], axis=1), rng)
+        members_of, known_by = find_members(drawn, roster)
+        self._member_classes.assign(drawn)
+        self._members_of.assign(members_of)
+        self._known_by.assign(known_by)
         for name, weight in self._activations.items():
             weight.assign(activations[name])
         self.jitter_seed.assign(jitter_seed)
-        self.set_level(np.arange(len(self.pairs)), 0)
-        self._set_masks(np.array([self.reference]), [np.arange(self._classes)], 0)
+        self.set_level(np.arange(self.count), 0)
+        self._set_masks(np.array([self.reference]), np.arange(roster.classes)[None], 0)
 
     def set_level(self, members: np.ndarray, level: int) -> None:
         """Prune some differentiators by `LEVELS[level]` of the ratios.
@@ -144,9 +167,14 @@ class DifferentiatorBank(keras.layers.Layer):
             level: A position in `LEVELS`.
         """
         self.levels.assign(_replaced(self.levels, members, level))
-        self._set_masks(members, self.pairs[members], level)
+        self._set_masks(members, self.member_classes[members], level)
 
-    def _set_masks(self, members: np.ndarray, class_sets: Any, level: int) -> None:
+    @property
+    def member_classes(self) -> np.ndarray:
+        """The classes that each differentiator knows, int array of shape `(count, size)`."""
+        return np.array(self._member_classes)
+
+    def _set_masks(self, members: np.ndarray, class_sets: np.ndarray, level: int) -> None:
         layout = self._layout
         masks = []
         for number, block in enumerate(layout.blocks):
@@ -168,20 +196,20 @@ class DifferentiatorBank(keras.layers.Layer):
         own = [] if self.top is None else self.top.blocks
         members = np.array([member])
         return {
-            block.name: self._scores(number, block, members, self.pairs[members])[0]
+            block.name: self._scores(number, block, members, self.member_classes[members])[0]
             for number, block in enumerate(own, len(self._layout.blocks))
         }
 
     def _scores(
-        self, number: int, block: Block, members: np.ndarray, class_sets: Any
+        self, number: int, block: Block, members: np.ndarray, class_sets: np.ndarray
     ) -> np.ndarray:
         """Scores of a layer's units, `(members, units)`; those of filters with jitter."""
         means = np.array(self._activations[block.name])
-        scores = class_set_scores(means, np.asarray(class_sets))
+        scores = class_set_scores(means, class_sets)
         if block.kind == "connections":
             return scores
         seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
-        noise = np.random.default_rng(seed).normal(size=(len(self.pairs) + 1, block.units))
+        noise = np.random.default_rng(seed).normal(size=(self.count + 1, block.units))
         return scores * np.exp(self._jitter * noise[members])
 
     @property
@@ -223,10 +251,39 @@ class DifferentiatorBank(keras.layers.Layer):
                 rows.extend((int(level), int(counts[level]), *row) for row in self.top.kept())
         return rows
 
-    def index(self, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-        """Number of the differentiator of two different classes, in either order."""
-        low, high = tf.minimum(first, second), tf.maximum(first, second)
-        return low * (2 * self._classes - low - 1) // 2 + high - low - 1
+    def draw(
+        self, numbers: tf.Tensor, key: tf.Tensor, student_class: tf.Tensor, size: int
+    ) -> tf.Tensor:
+        """Differentiators that know the Student's class; see `selection.draw`.
+
+        Args:
+            numbers: Tensor of shape `(batch,)`, uint64: what decides the draw.
+            key: The secret, int64 tensor of shape `(2,)`.
+            student_class: Int tensor of shape `(batch,)`.
+            size: How many are drawn for each example.
+
+        Returns:
+            Int32 tensor of shape `(batch, size)`.
+        """
+        known_by = tf.gather(self._known_by, student_class)
+        slots = draw(numbers, key, known_by, self._roster.most, size)
+        return tf.gather(tf.gather(self._members_of, student_class), slots, batch_dims=1)
+
+    def winner(self, values: dict[int, tf.Tensor], rows: tf.Tensor) -> tf.Tensor:
+        """The class that wins the votes of all pairs, or -1, of some images: `find_winner`."""
+
+        def beats(rows: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+            low, high = tf.minimum(first, second), tf.maximum(first, second)
+            members = low * (2 * self._roster.classes - low - 1) // 2 + high - low - 1
+            places = tf.repeat(rows, members.shape[1])[:, None]
+            features = self.body_features(values, places, tf.reshape(members, [-1]))
+            return self.margins(features, members, first) >= 0
+
+        return tf.cond(  # oneDNN gives convolutions of no images a wrong shape
+            tf.size(rows) > 0,
+            lambda: find_winner(beats, rows, self._roster.classes),
+            lambda: tf.zeros_like(rows),
+        )
 
     def body_features(
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
@@ -277,25 +334,33 @@ class DifferentiatorBank(keras.layers.Layer):
             features: Float tensor of shape `(batch * k, features)`, the members' features of the
                 first image, then of the second, and so on.
             members: Int tensor of shape `(batch, k)`: differentiators that know the class.
-            student_class: Int tensor of shape `(batch,)`.
+            student_class: Int tensor of shape `(batch,)`, or `(batch, k)` for other ones than the
+                Student's.
 
         Returns:
             Float tensor of shape `(batch, k)`, negative where a member disagrees; +1 is usual for
             an honest image of the class, -1 for one of another class.
         """
         flat = tf.reshape(members, [-1])
-        first = tf.gather(tf.constant(self.pairs[:, 0], tf.int32), members)
-        agrees = tf.equal(first, student_class[:, None])
+        if student_class.shape.rank == 1:
+            student_class = student_class[:, None]
+        own = tf.equal(tf.gather(self._member_classes, members), student_class[..., None])
+        own = tf.reshape(own, (-1, self._roster.size))
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
-        if kernel.shape[1] == 1:
-            kernel, bias = tf.gather(kernel[:, 0], flat), tf.gather(bias[:, 0], flat)
-            sign = tf.where(agrees, 1.0, -1.0)
-        else:
-            chosen = tf.stack([flat, tf.cast(~tf.reshape(agrees, [-1]), tf.int32)], axis=1)
-            kernel, bias = tf.gather_nd(kernel, chosen), tf.gather_nd(bias, chosen)
-            sign = tf.ones(tf.shape(members))
-        logits = tf.reduce_sum(tf.cast(features, kernel.dtype) * kernel, axis=1) + bias
-        return tf.reshape(logits, tf.shape(members)) * sign
+        features = tf.cast(features, kernel.dtype)
+        if self._apart and self._roster.size > 2:
+            every = tf.einsum("rf,rhf->rh", features, tf.gather(kernel, flat))
+            every += tf.gather(bias, flat)
+            best = tf.reduce_max(tf.where(own, every.dtype.min, every), axis=1)
+            margins = (tf.reduce_max(tf.where(own, every, every.dtype.min), axis=1) - best) / 2
+            return tf.reshape(margins, tf.shape(members))
+        place = tf.argmax(own, axis=1, output_type=tf.int32)
+        sign = tf.ones_like(place, kernel.dtype)
+        if self._apart:
+            sign, place = 1 - 2 * tf.cast(place, kernel.dtype), tf.zeros_like(place)
+        chosen = tf.stack([flat, place], axis=1)
+        logits = tf.reduce_sum(features * tf.gather_nd(kernel, chosen), axis=1)
+        return tf.reshape((logits + tf.gather_nd(bias, chosen)) * sign, tf.shape(members))
 
     def rivals(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
         """How surely the reference takes each image for each class.
@@ -315,8 +380,8 @@ class DifferentiatorBank(keras.layers.Layer):
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
         """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
         means = tf.convert_to_tensor(self._activations[name])
-        pairs = tf.constant(np.concatenate([self.pairs, [[0, 0]]]), tf.int32)
-        own = tf.reduce_max(tf.gather(means, tf.gather(pairs, member)), axis=0)
+        known = tf.gather(self._member_classes, tf.minimum(member, self.count - 1))
+        own = tf.reduce_max(tf.gather(means, known), axis=0)
         every = tf.reduce_max(means, axis=0)
         unit_scores = tf.where(tf.equal(member, self.reference), every, own)
         kernel = tf.convert_to_tensor(self._layout.by_name[name].step.layer.kernel)
@@ -386,26 +451,27 @@ def _replaced(weight: Any, rows: np.ndarray, values: Any) -> np.ndarray:
     return array
 
 
-def most_features(pairs: int, heads: int) -> int:
-    """How many features the heads of so many pairs of classes may read."""
-    return _TOO_MANY_BYTES // (4 * heads * pairs)
+def most_features(roster: Roster, head: HeadKind) -> int:
+    """How many features the heads of so many differentiators may read."""
+    return _TOO_MANY_BYTES // (4 * head_count(head, roster.size) * roster.count)
 
 
-def _check_size(pairs: int, heads: int, features: int, top: OwnTop | None) -> None:
+def _check_size(count: int, heads: int, features: int, top: OwnTop | None) -> None:
     own = 0 if top is None else top.bytes_per_differentiator
-    size = pairs * (4 * heads * features + own)
+    size = count * (4 * heads * features + own)
     if size <= _TOO_MANY_BYTES:
         return
     remedy = (
-        "Let the heads read a layer with fewer features, with `head_layer=` or `cut=`, or give "
-        'each pair one head with `head="pair"`.'
+        "Have fewer of them with `members_per_class=`, let the heads read a layer with fewer "
+        'features, with `head_layer=` or `cut=`, or give each pair one head with `head="pair"`.'
     )
     if own > 4 * heads * features:
         remedy = (
-            'Leave the unfrozen layers to the Student with `tune="head"`, or prune them harder.'
+            "Have fewer of them with `members_per_class=`, leave the unfrozen layers to the "
+            'Student with `tune="head"`, or prune them harder.'
         )
     raise ValueError(
-        f"The differentiators of all {pairs} pairs of classes would take {size / 2**30:.1f} GiB, "
+        f"The {count} differentiators would take {size / 2**30:.1f} GiB, "
         f"with {heads} heads of {features} features and {own / 2**20:.1f} MiB of layers of its "
-        f"own each. {remedy} Received: {pairs} pairs of classes"
+        f"own each. {remedy} Received: {count} differentiators"
     )

@@ -57,7 +57,7 @@ def fit_differentiators(
     own = sample.first(images_per_class)
     trainer = top = None
     if bank.top is not None:
-        trainer = TopTrainer(bank.top, outputs=1 if head == "pair" else 2, **tuning._asdict())
+        trainer = TopTrainer(bank.top, outputs=bank.kernel.shape[1], **tuning._asdict())
         top = tf.function(
             bank.own_features,
             input_signature=[tf.TensorSpec((None, None)), tf.TensorSpec((), "int32")],
@@ -70,7 +70,7 @@ def fit_differentiators(
         values = body_values(images, member)
         return values if top is None else top(values, member).numpy()
 
-    members = np.arange(len(bank.pairs))
+    members, known = np.arange(bank.count), bank.member_classes
     loss, accuracy = np.zeros((2, len(members)))
     history: dict[str, list[float]] = {"loss": [], "accuracy": []}
     for level in range(len(LEVELS)):
@@ -81,13 +81,13 @@ def fit_differentiators(
             unit_name="differentiator",
         )
         options: dict[str, Any] = {"rng": rng, "progress": bar.add}
-        pairs = bank.pairs[members]
+        class_sets = known[members]
         if trainer is not None:
             tops = tune_tops(
-                body_values, own, members, pairs, head, trainer, bank.own_scores, **options
+                body_values, own, members, class_sets, head, trainer, bank.own_scores, **options
             )
             bank.set_tops(members, *tops)
-        heads = train_heads(features, own, members, pairs, bank.features, head, **options)
+        heads = train_heads(features, own, members, class_sets, bank.features, head, **options)
         bank.set_heads(members, heads.kernel, heads.bias)
         loss[members], accuracy[members] = heads.loss, heads.accuracy
         history["loss"].append(float(loss.mean()))
@@ -96,9 +96,9 @@ def fit_differentiators(
         if not len(members) or not bank.blocks:
             break
     if len(members):
-        classes = ", ".join(map(str, np.unique(bank.pairs[members])))
+        classes = ", ".join(map(str, np.unique(known[members])))
         warnings.warn(
-            f"{len(members)} of {len(bank.pairs)} differentiators tell fewer than {_FLOOR:.0%} of "
+            f"{len(members)} of {bank.count} differentiators tell fewer than {_FLOOR:.0%} of "
             "held-out images rightly and will reject honest ones. Give more images of their "
             f"classes: {classes}.",
             stacklevel=3,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,11 @@ from keras_tl_defense.ensemble.arguments import (
     check_ensemble_size,
     check_loadable,
     check_retention,
+    check_vote,
     class_count,
     head_tensor,
     key_words,
+    make_roster,
     penultimate,
     serialize_preprocessing,
 )
@@ -33,7 +36,8 @@ from keras_tl_defense.ensemble.bank import DifferentiatorBank, input_score, most
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
 from keras_tl_defense.ensemble.search import search_ratios
-from keras_tl_defense.ensemble.selection import draw, fingerprint, new_key
+from keras_tl_defense.ensemble.selection import fingerprint, fresh_numbers, new_key
+from keras_tl_defense.ensemble.summary import describe, summarise
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
@@ -86,10 +90,24 @@ class DifferentiatorEnsemble(keras.Model):
         jitter: Standard deviation of normal noise on the logarithms of the filters' activations,
             before they are ranked: differentiators that resemble each other less. Defaults to `1`;
             `0` prunes exactly the least active filters, as in the paper.
-        ensemble_size: Differentiators that check an input, at most K-1. Defaults to 5, or K-1 where
-            that is less.
+        ensemble_size: Differentiators that check an input, at most as many as know a class.
+            Defaults to 5, or what there are where that is less.
         reject_threshold: Number of disagreeing differentiators that rejects an input. Defaults to
             `1`. Counts until `calibrate` was called.
+        mode: `"validate"`: the differentiators accept or reject what the Student says. `"vote"`:
+            those of all pairs vote, without the Student, and a class that wins against each of the
+            others is the answer, else 0: this also answers crafted inputs, often with their true
+            class. It needs `head="pair"` and all pairs, and asks up to 3(K-1) of them for an input.
+        selection: `"keyed"`: drawn by a keyed hash of the input, so that the same input meets the
+            same differentiators every time and trying again does not help. `"random"`: drawn
+            afresh for every answer.
+        members_per_class: Differentiators that know a class, at least, whose partners are drawn at
+            random by the secret key. Defaults to K-1, all pairs; with fewer, their number grows
+            with K, not with K². For groups the default is 10.
+        classes_per_member: Classes that a differentiator knows. More than 2 make groups that
+            overlap, each class in `members_per_class` of them. Defaults to `2`.
+        grouping: `"likeness"` gathers classes with similar activations in a group, in other ways
+            for each time that a class is in one; `"random"` does not. Defaults to `"likeness"`.
         cut: Name of the last frozen layer. Defaults to what `layer.trainable` says.
         preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
@@ -103,7 +121,8 @@ class DifferentiatorEnsemble(keras.Model):
         **kwargs: Passed to `keras.Model`.
 
     Attributes:
-        pairs: Int array of shape `(K(K-1)/2, 2)`: the classes of each differentiator.
+        member_classes: Int array of shape `(differentiators, classes_per_member)`: the classes
+            that each one knows.
         ratios: Ratio of each layer that is pruned, or `"auto"` before `adapt`.
         head_layer: Name of the layer that the heads read.
         cut: Name of the last frozen layer.
@@ -140,6 +159,11 @@ class DifferentiatorEnsemble(keras.Model):
         jitter: float = 1.0,
         ensemble_size: int | None = None,
         reject_threshold: int = 1,
+        mode: Literal["validate", "vote"] = "validate",
+        selection: Literal["keyed", "random"] = "keyed",
+        members_per_class: int | None = None,
+        classes_per_member: int = 2,
+        grouping: Literal["likeness", "random"] = "likeness",
         cut: str | None = None,
         preprocessing: Any = None,
         search_budget: int = 60,
@@ -172,7 +196,14 @@ class DifferentiatorEnsemble(keras.Model):
         self.head_layer = self.cut if tune == "unfrozen" else head_layer
         self.jitter = 0.0 if jitter == 0 else check_positive("jitter", jitter)
         self.preprocessing = check_callable("preprocessing", preprocessing)
-        self._ensemble_size = check_ensemble_size(ensemble_size, self.classes)
+        self.mode = check_choice("mode", mode, ("validate", "vote"))
+        self.selection = check_choice("selection", selection, ("keyed", "random"))
+        self.grouping = grouping
+        self._roster = make_roster(self.classes, classes_per_member, members_per_class, grouping)
+        if mode == "vote":
+            check_vote(head, self._roster, ensemble_size)
+            ensemble_size = self.classes - 1
+        self._ensemble_size = check_ensemble_size(ensemble_size, self._roster)
         self._reject_threshold = check_integer(
             "reject_threshold",
             reject_threshold,
@@ -193,7 +224,7 @@ class DifferentiatorEnsemble(keras.Model):
         if not isinstance(ratios, str) or ratios != "auto":
             self._make_bank(ratios, self.head_layer)
         self._optimizer_config: Any = None
-        self._answer_fn = tf.function(self.call, input_signature=[self._image_spec()])
+        self._answer_graph = cache(self._trace)  # not a dict, which a SavedModel would take along
 
     def _add_state(self, name: str, dtype: str, shape: tuple[int, ...] = ()) -> Any:
         return self.add_weight(
@@ -222,8 +253,8 @@ class DifferentiatorEnsemble(keras.Model):
             self._graph,
             tensor,
             {name: r for name, r in resolved.items() if name not in own},
-            self.classes,
-            heads=1 if self.head == "pair" else 2,
+            self._roster,
+            head=self.head,
             jitter=self.jitter,
             top=top,
             name="differentiators",
@@ -231,6 +262,27 @@ class DifferentiatorEnsemble(keras.Model):
         self.ratios = resolved
         self.head_layer = self._graph.steps[self._graph.producer[tensor]].name
         self.built = True
+
+    def __repr__(self) -> str:
+        return describe(self) if hasattr(self, "_roster") else super().__repr__()
+
+    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+        """Say what the defence is made of: Student, members, heads, ratios, decision.
+
+        Args:
+            print_fn: Takes the text.
+        """
+        print_fn(summarise(self))
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the differentiators are drawn and pruned."""
+        return int(np.array(self._stage)) >= _ADAPTED
+
+    @property
+    def fitted(self) -> bool:
+        """Whether they are trained since."""
+        return int(np.array(self._stage)) >= _FITTED
 
     @property
     def ensemble_size(self) -> int:
@@ -243,9 +295,24 @@ class DifferentiatorEnsemble(keras.Model):
         return self._reject_threshold
 
     @property
-    def pairs(self) -> np.ndarray:
-        """The two classes of each differentiator, int array of shape `(K(K-1)/2, 2)`."""
-        return np.stack(np.triu_indices(self.classes, 1), axis=1)
+    def members_per_class(self) -> int:
+        """How many differentiators know a class, at least; fixed when the defence is made."""
+        return self._roster.each
+
+    @property
+    def classes_per_member(self) -> int:
+        """How many classes a differentiator knows; fixed when the defence is made."""
+        return self._roster.size
+
+    @property
+    def member_classes(self) -> np.ndarray:
+        """The classes that each differentiator knows, `(differentiators, classes_per_member)`.
+
+        Raises:
+            RuntimeError: They are drawn by `adapt`, which was not called.
+        """
+        self._require(_ADAPTED)
+        return np.array(self._bank.member_classes)
 
     @property
     def decision(self) -> str:
@@ -276,7 +343,7 @@ class DifferentiatorEnsemble(keras.Model):
     def adapt(
         self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
     ) -> None:
-        """Compute the classes' activations and prune the differentiators by them, afresh.
+        """Draw the differentiators' classes and prune them by these classes' activations, afresh.
 
         With `ratios="auto"` the first call searches the ratios, too; later calls keep them.
 
@@ -300,7 +367,7 @@ class DifferentiatorEnsemble(keras.Model):
                 head_layer=self.head_layer,
                 retention=self.retention,
                 jitter=self.jitter,
-                most_features=most_features(len(self.pairs), 1 if self.head == "pair" else 2),
+                most_features=most_features(self._roster, self.head),
                 budget=self.search_budget,
                 seed=self.seed,
                 verbose=verbose,
@@ -319,7 +386,8 @@ class DifferentiatorEnsemble(keras.Model):
             means.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
             activations |= {name: means[name] for name in means.layers}
         seed = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
-        self._bank.prune(activations, seed.view(np.int64))
+        secret = np.array(self._key).view(np.uint64).tolist()
+        self._bank.prune(activations, seed.view(np.int64), np.random.default_rng(secret))
         self._set_stage(_ADAPTED)
 
     def _set_stage(self, stage: int) -> None:
@@ -432,9 +500,14 @@ class DifferentiatorEnsemble(keras.Model):
             is near the one asked for by construction: whether it holds, only other images tell.
 
         Raises:
-            RuntimeError: `fit` was not called.
+            RuntimeError: `fit` was not called, or votes decide (`mode="vote"`).
             ValueError: The Student answers too few of the images rightly.
         """
+        if self.mode == "vote":
+            raise RuntimeError(
+                'With `mode="vote"` the votes decide, and there is no threshold to set. Make the '
+                "defence with `mode=\"validate\"`. Received: mode='vote'"
+            )
         asked = self.retention if retention is None else check_retention(retention)
         batches = self._batches(x, y, batch_size, labelled=True)
         details, labels = self._explain(batches, verbose)
@@ -444,6 +517,14 @@ class DifferentiatorEnsemble(keras.Model):
         self._calibration.assign([asked, threshold, kept.count, kept.n])
         self.decision = "score"
         return kept
+
+    def rekey(self) -> None:
+        """Draw a new secret key from the operating system's randomness.
+
+        From now on other differentiators check the same input. Which pairs of classes have one
+        stays as it is. Models that were saved or exported before keep the old key.
+        """
+        self._key.assign(new_key())
 
     def call(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Answer a batch, as `explain` does, as tensors and without an error for bad input.
@@ -455,6 +536,13 @@ class DifferentiatorEnsemble(keras.Model):
         Args:
             inputs: Images of shape `(batch, H, W, C)` in 0..255.
         """
+        return self._answer(inputs, self.ensemble_size)
+
+    def _trace(self, size: int) -> Any:
+        spec = self._image_spec()
+        return tf.function(partial(self._answer, size=size), input_signature=[spec])
+
+    def _answer(self, inputs: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
         images = tf.cast(inputs, tf.float32)
         usable = (images >= LOWEST_PIXEL) & (images <= HIGHEST_PIXEL)
         finite = tf.reduce_all(usable, axis=tuple(range(1, images.shape.rank)))
@@ -464,15 +552,15 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
         student_class = tf.argmax(logits, axis=1, output_type=tf.int32)
 
-        partners = draw(fingerprint(safe), self._key, self.classes - 1, self.ensemble_size)
-        partners += tf.cast(partners >= student_class[:, None], tf.int32)
-        members = self._bank.index(student_class[:, None], partners)
-        rows = tf.repeat(tf.range(tf.shape(images)[0]), self.ensemble_size)[:, None]
+        keyed = self.selection == "keyed"
+        numbers = fingerprint(safe) if keyed else fresh_numbers(tf.shape(images)[0])
+        members = self._bank.draw(numbers, self._key, student_class, size)
+        rows = tf.repeat(tf.range(tf.shape(images)[0]), size)[:, None]
         features = self._bank.body_features(values, rows, tf.reshape(members, [-1]))
         margins = self._bank.margins(features, members, student_class)
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
         disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
-        disagreements = tf.where(finite, disagreements, self.ensemble_size)
+        disagreements = tf.where(finite, disagreements, size)
         score = input_score(margins, self._bank.rivals(values), student_class)
         finite &= tf.math.is_finite(score)
         score = tf.where(finite, score, _LOWEST)
@@ -482,13 +570,19 @@ class DifferentiatorEnsemble(keras.Model):
             finite & (score >= calibration[1]),
             disagreements < self.reject_threshold,
         )
+        answer = tf.where(accepted, student_class + 1, 0)
+        if self.mode == "vote":
+            open_rows = tf.where(~accepted & finite)
+            winner = self._bank.winner(values, tf.cast(open_rows[:, 0], tf.int32))
+            answer = tf.tensor_scatter_nd_update(answer, open_rows, winner + 1)
         return {
-            "answer": tf.where(accepted, student_class + 1, 0),
-            "accepted": accepted,
+            "answer": answer,
+            "accepted": answer > 0,
             "student_class": student_class,
             "disagreements": disagreements,
             "score": score,
             "members": members,
+            "margins": margins,
         }
 
     def predict(self, x: Any, batch_size: int = 32, verbose: int | str = "auto") -> np.ndarray:
@@ -501,7 +595,8 @@ class DifferentiatorEnsemble(keras.Model):
             verbose: 0 shows no progress bar.
 
         Returns:
-            Int32 array of shape `(n,)`: 0 for rejected, else the Student's class plus one.
+            Int32 array of shape `(n,)`: 0 for rejected, else the Student's class plus one (with
+            `mode="vote"`, the winning class plus one).
 
         Raises:
             RuntimeError: `fit` was not called.
@@ -510,7 +605,12 @@ class DifferentiatorEnsemble(keras.Model):
         return self.explain(x, batch_size, verbose)["answer"]
 
     def explain(
-        self, x: Any, batch_size: int = 32, verbose: int | str = "auto"
+        self,
+        x: Any,
+        batch_size: int = 32,
+        verbose: int | str = "auto",
+        *,
+        ensemble_size: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Answer images and say how each answer came about.
 
@@ -518,6 +618,8 @@ class DifferentiatorEnsemble(keras.Model):
             x: Images, as for `predict`.
             batch_size: Images per batch, for arrays.
             verbose: 0 shows no progress bar.
+            ensemble_size: Another number of members than the defence has, to see what it would
+                answer. With `selection="keyed"` the first are the same.
 
         Returns:
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
@@ -525,9 +627,16 @@ class DifferentiatorEnsemble(keras.Model):
             `score`, the members' mean margin (1 is usual for an honest image of the Student's
             class, -1 for one of another class), plus twice the margin that a pruned reference body
             gives the Student's class, less 2.25 times the largest that it gives another class;
-            `members`, `(n, ensemble_size)`, rows of `pairs`.
+            `members`, `(n, ensemble_size)`, rows of `member_classes`; and `margins`, of the same
+            shape: how surely each takes the image for the Student's class, negative where it
+            disagrees.
         """
-        return self._explain(self._batches(x, None, batch_size), verbose)[0]
+        size = self.ensemble_size
+        if ensemble_size is not None:
+            size = check_ensemble_size(ensemble_size, self._roster)
+        if size != self.ensemble_size and self.mode == "vote":
+            check_vote(self.head, self._roster, ensemble_size)
+        return self._explain(self._batches(x, None, batch_size), verbose, size)[0]
 
     def evaluate(
         self, x: Any, y: Any = None, batch_size: int = 32, verbose: int | str = "auto"
@@ -638,7 +747,7 @@ class DifferentiatorEnsemble(keras.Model):
     def serve(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """What the exported model answers: `call` without the members, which are secret."""
         answer = self.call(inputs)
-        del answer["members"]
+        del answer["members"], answer["margins"]
         return answer
 
     def get_config(self) -> dict[str, Any]:
@@ -655,6 +764,11 @@ class DifferentiatorEnsemble(keras.Model):
             "jitter": self.jitter,
             "ensemble_size": self.ensemble_size,
             "reject_threshold": self.reject_threshold,
+            "mode": self.mode,
+            "selection": self.selection,
+            "members_per_class": self.members_per_class,
+            "classes_per_member": self.classes_per_member,
+            "grouping": self.grouping,
             "cut": self.cut,
             "preprocessing": serialize_preprocessing(self.preprocessing),
             "search_budget": self.search_budget,
@@ -684,16 +798,18 @@ class DifferentiatorEnsemble(keras.Model):
         self.compile(keras.optimizers.deserialize(config["optimizer"]))
 
     def _explain(
-        self, batches: Batches, verbose: int | str
+        self, batches: Batches, verbose: int | str, members: int | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         self._require(_FITTED)
+        members = members or self.ensemble_size
+        answer = self._answer_graph(members)
         bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
         parts, labels = [], []
-        size = max(1, self._bank.rows_at_once(_ANSWER_BYTES) // self.ensemble_size)
+        size = max(1, self._bank.rows_at_once(_ANSWER_BYTES) // members)
         for images, label in batches:
             for start in range(0, len(images), size):
                 part = images[start : start + size].astype(np.float32)
-                parts.append(self._answer_fn(part))
+                parts.append(answer(part))
             labels.append(label)
             bar.add(1)
         if not parts:
@@ -719,13 +835,12 @@ class DifferentiatorEnsemble(keras.Model):
         return images if self.preprocessing is None else self.preprocessing(images)
 
     def _require(self, stage: int) -> None:
-        done = int(np.array(self._stage))
-        if done < _ADAPTED:
+        if not self.adapted:
             raise RuntimeError(
                 "The differentiators are not pruned yet. Call `adapt(x_train, y_train)`, then "
                 "`fit(x_train, y_train)`."
             )
-        if done < stage:
+        if stage == _FITTED and not self.fitted:
             raise RuntimeError(
                 "The differentiators are not trained since the last `adapt`. Call "
                 "`fit(x_train, y_train)`."

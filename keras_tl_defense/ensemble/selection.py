@@ -1,9 +1,10 @@
-"""Which differentiators check an input: a keyed draw, one for each example.
+"""Which differentiators check an input: a keyed or a fresh draw, one for each example.
 
 The draw is a pseudo-random function (SipHash-2-4) of a 64-bit fingerprint of the input under a
 secret 128-bit key. The fingerprint has no key, so images that share one can be sought. The same
 input gets the same members in every batch, replica and process, so that trying again does not help,
-and without the key nobody can tell which.
+and without the key nobody can tell which. A fresh draw takes a random number instead of the
+fingerprint.
 
 Reference:
     Aumasson and Bernstein, "SipHash: a fast short-input PRF", INDOCRYPT 2012.
@@ -38,21 +39,47 @@ def fingerprint(images: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(tf.fingerprint(data), tf.uint64)
 
 
-def draw(fingerprints: tf.Tensor, key: tf.Tensor, candidates: int, count: int) -> tf.Tensor:
-    """Draw `count` of `candidates` for each example, without replacement, uniformly.
+def fresh_numbers(batch: tf.Tensor) -> tf.Tensor:
+    """Random numbers in the place of fingerprints, other ones at every call.
+
+    They come from the operating system's randomness, whatever seed TensorFlow was given.
+
+    Args:
+        batch: How many, an int32 scalar.
+
+    Returns:
+        Tensor of shape `(batch,)`, uint64.
+    """
+    numbers = tf.raw_ops.RandomUniformInt(
+        shape=[batch], minval=tf.int64.min, maxval=tf.int64.max, seed=0, seed2=0
+    )
+    return tf.bitcast(numbers, tf.uint64)
+
+
+def draw(
+    fingerprints: tf.Tensor, key: tf.Tensor, candidates: tf.Tensor, most: int, count: int
+) -> tf.Tensor:
+    """Draw `count` of its candidates for each example, without replacement, uniformly.
+
+    A smaller `count` draws the first of those that a larger one draws.
 
     Args:
         fingerprints: Tensor of shape `(batch,)`, uint64.
         key: The secret, int64 tensor of shape `(2,)`.
-        candidates: How many there are to choose from.
+        candidates: Int32 tensor of shape `(batch,)`: how many there are to choose from, `count` at
+            least.
+        most: How many there are at most.
         count: How many to choose.
 
     Returns:
         Int32 tensor of shape `(batch, count)`, values in `0..candidates-1`.
     """
-    slots = tf.cast(tf.range(candidates, dtype=tf.int64), tf.uint64)
-    priority = _siphash((fingerprints[:, None], slots[None, :]), tf.bitcast(key, tf.uint64))
-    return tf.math.top_k(tf.bitcast(priority, tf.int64), k=count).indices
+    slots = tf.range(most)
+    words = tf.cast(tf.cast(slots, tf.int64), tf.uint64)
+    priority = _siphash((fingerprints[:, None], words[None]), tf.bitcast(key, tf.uint64))
+    there = slots[None] < candidates[:, None]
+    priority = tf.where(there, tf.bitcast(priority, tf.int64), tf.int64.min)
+    return tf.math.top_k(priority, k=count).indices
 
 
 def _siphash(words: tuple[tf.Tensor, ...], key: tf.Tensor) -> tf.Tensor:

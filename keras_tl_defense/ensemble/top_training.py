@@ -24,7 +24,7 @@ def tune_tops(
     cut_values: MemberFeatures,
     sample: ClassImages,
     members: np.ndarray,
-    pairs: np.ndarray,
+    class_sets: np.ndarray,
     head: HeadKind,
     trainer: TopTrainer,
     unit_scores: UnitScores,
@@ -38,7 +38,7 @@ def tune_tops(
         cut_values: Computes the values at the cut under the masks of a differentiator, flattened.
         sample: Training images.
         members: Int array of shape `(bodies,)`: numbers of the differentiators.
-        pairs: Int array of shape `(bodies, 2)`: their classes.
+        class_sets: Int array of shape `(bodies, size)`: their classes.
         head: `"pair"` or `"one_vs_rest"`.
         trainer: Trains one after the other.
         unit_scores: Says what is pruned first in a differentiator.
@@ -48,7 +48,7 @@ def tune_tops(
     Returns:
         Compact weights and kept filters, stacked: the differentiators as first dimension.
     """
-    rows = choose_rows(sample.counts, pairs, head, rng)
+    rows = choose_rows(sample.counts, class_sets, head, rng)
     tops = []
     for number, member in enumerate(members):
         used = rows.weight[number] > 0

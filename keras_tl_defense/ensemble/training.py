@@ -49,16 +49,13 @@ class HeadRows(NamedTuple):
     Attributes:
         numbers: Int array of shape `(bodies, rows)`, numbers of images.
         positive: Boolean array of shape `(bodies, rows, heads)`: images of the head's class.
-        weight: Float array of shape `(bodies, rows)`: the first class, the second, and the others
-            count the same in all; rows that only fill up have 0.
-        group: Int array of shape `(rows,)`: 0 for images of the first class, 1 for the second, 2
-            for others.
+        weight: Float array of shape `(bodies, rows)`: each of a differentiator's classes, and the
+            others, count the same in all; rows that only fill up have 0.
     """
 
     numbers: np.ndarray
     positive: np.ndarray
     weight: np.ndarray
-    group: np.ndarray
 
 
 class FittedHeads(NamedTuple):
@@ -119,13 +116,13 @@ def sample_classes(
 
 
 def choose_rows(
-    counts: np.ndarray, pairs: np.ndarray, head: HeadKind, rng: np.random.Generator
+    counts: np.ndarray, class_sets: np.ndarray, head: HeadKind, rng: np.random.Generator
 ) -> HeadRows:
-    """Choose the images of each differentiator: all of its two classes, and some of the others.
+    """Choose the images of each differentiator: all of its classes, and some of the others.
 
     Args:
         counts: Int array of shape `(classes,)`: images of each class, which stand in this order.
-        pairs: Int array of shape `(bodies, 2)`: the classes of each differentiator.
+        class_sets: Int array of shape `(bodies, size)`: the classes of each differentiator.
         head: `"pair"` takes no others.
         rng: Chooses the others: as many of each class that has so many, no image twice, 128 at
             most.
@@ -134,38 +131,44 @@ def choose_rows(
     starts = ends - counts
     most = int(counts.max())
     slots = np.arange(most)
-    own = starts[pairs][..., None] + np.minimum(slots, counts[pairs][..., None] - 1)
-    filled = slots < counts[pairs][..., None]
-    numbers, used = own.reshape(len(pairs), -1), filled.reshape(len(pairs), -1)
-    group = np.repeat([0, 1], most)
+    own = starts[class_sets][..., None] + np.minimum(slots, counts[class_sets][..., None] - 1)
+    filled = slots < counts[class_sets][..., None]
+    bodies, size = class_sets.shape
+    numbers, used = own.reshape(bodies, -1), filled.reshape(bodies, -1)
+    group = np.repeat(np.arange(size), most)
     classes = len(counts)
-    if head == "one_vs_rest" and classes > 2:
-        rounds = -(-_OTHERS // (classes - 2))
-        order = np.argsort(rng.random((len(pairs), classes)), axis=1)
-        foreign = (order[..., None] != pairs[:, None]).all(axis=-1)
-        order = order[foreign].reshape(len(pairs), classes - 2)
+    if head == "one_vs_rest" and classes > size:
+        rounds = -(-_OTHERS // (classes - size))
+        order = np.argsort(rng.random((bodies, classes)), axis=1)
+        foreign = (order[..., None] != class_sets[:, None]).all(axis=-1)
+        order = order[foreign].reshape(bodies, classes - size)
         labels = np.tile(order, rounds)[:, :_OTHERS]
-        turn = np.arange(labels.shape[1]) // (classes - 2)
-        first = (rng.random((len(pairs), classes)) * counts).astype(int)
+        turn = np.arange(labels.shape[1]) // (classes - size)
+        first = (rng.random((bodies, classes)) * counts).astype(int)
         first = np.take_along_axis(first, labels, axis=1)
         others = starts[labels] + (first + turn) % counts[labels]
         numbers = np.concatenate([numbers, others], axis=1)
         used = np.concatenate([used, turn < counts[labels]], axis=1)
-        group = np.concatenate([group, np.full(others.shape[1], 2)])
+        group = np.concatenate([group, np.full(others.shape[1], size)])
     weight = np.zeros(numbers.shape)
     for part in np.unique(group):
         rows = used[:, group == part]
         weight[:, group == part] = rows / rows.sum(axis=1, keepdims=True)
-    heads = 1 if head == "pair" else 2
+    heads = head_count(head, size)
     positive = np.broadcast_to(group[:, None] == np.arange(heads), (*numbers.shape, heads))
-    return HeadRows(numbers, positive, weight, group)
+    return HeadRows(numbers, positive, weight)
+
+
+def head_count(head: HeadKind, size: int) -> int:
+    """Heads of a differentiator of `size` classes."""
+    return 1 if head == "pair" and size == 2 else size
 
 
 def train_heads(
     member_features: MemberFeatures,
     sample: ClassImages,
     members: np.ndarray,
-    pairs: np.ndarray,
+    class_sets: np.ndarray,
     width: int,
     head: HeadKind,
     *,
@@ -178,13 +181,13 @@ def train_heads(
         member_features: Computes features under the masks of a differentiator.
         sample: Training images.
         members: Int array of shape `(bodies,)`: numbers of the differentiators.
-        pairs: Int array of shape `(bodies, 2)`: their classes.
+        class_sets: Int array of shape `(bodies, size)`: their classes.
         width: Number of features.
         head: `"pair"` or `"one_vs_rest"`.
         rng: Chooses the images of other classes.
         progress: Called with the number of differentiators that are done since the last call.
     """
-    rows = choose_rows(sample.counts, pairs, head, rng)
+    rows = choose_rows(sample.counts, class_sets, head, rng)
     count = rows.numbers.shape[1]
     chunk = max(1, min(len(members), _CHUNK_BYTES // (4 * count * width)))
     features = np.zeros((chunk, count, width), np.float32)

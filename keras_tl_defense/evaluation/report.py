@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
-from keras_tl_defense.data import Batches, check_labels
+from keras_tl_defense.evaluation.inputs import check_attacks, explain_labelled
 from keras_tl_defense.evaluation.roc import RocReport
 from keras_tl_defense.metrics import Rate, clean_rates
 
@@ -28,7 +27,8 @@ class DefenceReport:
             `student_accuracy`; `retention`, accepted of those that the Student answers rightly;
             `clean_acceptance`, accepted of all; `clean_accuracy`, accepted and right of all.
             Metrics of an attack: `undefended_success`, the Student alone; `defended_success`;
-            `accepted`, whatever the answer. `clean_acceptance` is what the paper calls "TPR" and
+            `accepted`, whatever the answer; `adversarial_accuracy`, answered as the class of its
+            source, where that is known. `clean_acceptance` is what the paper calls "TPR" and
             `accepted` what it calls "FPR"; in the usual sense of the words they are the opposite.
         details: What `explain` says of the images, by inputs. Of clean images also `right`, whether
             the Student answers the label; of crafted ones `reached`, whether they do to the Student
@@ -136,16 +136,8 @@ def evaluate_defence(
         >>> report.roc().table["asked"].tolist()
         [0.95, 0.9]
     """
-    attacks = _check_attacks({} if attacks is None else attacks, defence)
-    batches = Batches(
-        x_test,
-        y_test,
-        shape=_image_shape(defence),
-        classes=defence.classes,
-        batch_size=batch_size,
-        pixels=True,
-    )
-    clean, labels = _explain_labelled(defence, batches, verbose)
+    attacks = check_attacks({} if attacks is None else attacks, defence)
+    clean, labels = explain_labelled(defence, x_test, y_test, batch_size, verbose)
     clean["right"] = clean["student_class"] == labels
     details = {"clean": clean}
     rates = clean_rates(labels, clean["student_class"], clean["answer"])
@@ -154,59 +146,12 @@ def evaluate_defence(
         crafted = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
         reached, accepted = result.reached(crafted["student_class"]), crafted["accepted"]
         details[name] = {**crafted, "reached": reached}
-        for metric, hits in (
-            ("undefended_success", reached),
-            ("defended_success", reached & accepted),
-            ("accepted", accepted),
-        ):
-            rows.append((name, metric, *astuple(Rate.of(hits))))
+        hits = {
+            "undefended_success": reached,
+            "defended_success": reached & accepted,
+            "accepted": accepted,
+        }
+        if result.y_source is not None:
+            hits["adversarial_accuracy"] = crafted["answer"] - 1 == result.y_source
+        rows += [(name, metric, *astuple(Rate.of(hit))) for metric, hit in hits.items()]
     return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details)
-
-
-def _explain_labelled(
-    defence: Any, batches: Batches, verbose: int | str
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What `explain` says of each image, and its label, from one pass: datasets may shuffle."""
-    bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
-    parts, labels = [], []
-    for images, label in batches:
-        parts.append(defence.explain(images, batch_size=len(images), verbose=0))
-        labels.append(label)
-        bar.add(1)
-    if not parts:
-        raise ValueError("At least one image is needed. Received: an empty dataset")
-    details = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return details, np.concatenate(labels)
-
-
-def _check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
-    if not isinstance(attacks, Mapping) or not all(
-        isinstance(result, AttackResult) for result in attacks.values()
-    ):
-        raise TypeError(
-            'Attacks are given by name, as `attacks={"mimicry": result}` with what the attack '
-            f"returned. Received: attacks={type(attacks).__name__}"
-        )
-    shape = _image_shape(defence)
-    for name, result in attacks.items():
-        if name == "clean":
-            raise ValueError(
-                'An attack cannot be called "clean", as the clean images are. Rename it. '
-                'Received: attacks["clean"]'
-            )
-        if result.adversarial.shape[1:] != shape:
-            raise ValueError(
-                "An attack's images do not fit the defended Student, so its Teacher takes another "
-                "input than the Student. Attack the Teacher that the Student's layers come from. "
-                f"Received: attacks[{name!r}] with images of shape {result.adversarial.shape[1:]}, "
-                f"a Student that takes {shape}"
-            )
-        for field, labels in (("y_source", result.y_source), ("y_target", result.y_target)):
-            if labels is not None:
-                where = f"attacks[{name!r}].{field}"
-                check_labels(labels, defence.classes, len(result.adversarial), where)
-    return attacks
-
-
-def _image_shape(defence: Any) -> tuple[int, ...]:
-    return tuple(defence.student.inputs[0].shape)[1:]

@@ -1,0 +1,87 @@
+"""What defences are evaluated on: labelled images and the results of attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import AttackResult
+from keras_tl_defense.data import Batches, check_labels
+
+
+def explain_labelled(
+    defence: Any, x: Any, y: Any, batch_size: int, verbose: int | str, **options: Any
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What `explain` says of each image, and its label, from one pass: datasets may shuffle.
+
+    Args:
+        defence: A fitted `DifferentiatorEnsemble`.
+        x: Images: array, tensor, or batched dataset of images and labels.
+        y: Their labels.
+        batch_size: Images per batch, for arrays.
+        verbose: 0 shows no progress bar.
+        **options: Passed to `explain`.
+
+    Raises:
+        ValueError: There are no images, or they do not fit the Student.
+    """
+    batches = Batches(
+        x,
+        y,
+        shape=_image_shape(defence),
+        classes=defence.classes,
+        batch_size=batch_size,
+        pixels=True,
+    )
+    bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
+    parts, labels = [], []
+    for images, label in batches:
+        parts.append(defence.explain(images, batch_size=len(images), verbose=0, **options))
+        labels.append(label)
+        bar.add(1)
+    if not parts:
+        raise ValueError("At least one image is needed. Received: an empty dataset")
+    details = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return details, np.concatenate(labels)
+
+
+def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
+    """Attacks by name, as they came.
+
+    Raises:
+        TypeError: They are something else.
+        ValueError: Their images or labels do not fit the defence.
+    """
+    if not isinstance(attacks, Mapping) or not all(
+        isinstance(result, AttackResult) for result in attacks.values()
+    ):
+        raise TypeError(
+            'Attacks are given by name, as `attacks={"mimicry": result}` with what the attack '
+            f"returned. Received: attacks={type(attacks).__name__}"
+        )
+    shape = _image_shape(defence)
+    for name, result in attacks.items():
+        if name == "clean":
+            raise ValueError(
+                'An attack cannot be called "clean", as the clean images are. Rename it. '
+                'Received: attacks["clean"]'
+            )
+        if result.adversarial.shape[1:] != shape:
+            raise ValueError(
+                "An attack's images do not fit the defended Student, so its Teacher takes another "
+                "input than the Student. Attack the Teacher that the Student's layers come from. "
+                f"Received: attacks[{name!r}] with images of shape {result.adversarial.shape[1:]}, "
+                f"a Student that takes {shape}"
+            )
+        for field, labels in (("y_source", result.y_source), ("y_target", result.y_target)):
+            if labels is not None:
+                where = f"attacks[{name!r}].{field}"
+                check_labels(labels, defence.classes, len(result.adversarial), where)
+    return attacks
+
+
+def _image_shape(defence: Any) -> tuple[int, ...]:
+    return tuple(defence.student.inputs[0].shape)[1:]

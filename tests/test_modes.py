@@ -1,0 +1,227 @@
+"""Votes of all pairs, groups of classes, partners that are drawn, and draws that are fresh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, KEY, Images, fitted, weights_of
+from plain_defence import PlainDefence, mixed
+from scipy.stats import chisquare
+from test_save_export import LOAD, SERVE, in_fresh_process
+
+import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
+
+RATIOS = {"conv1": 0.5, "conv2": 0.5}
+KINDS: dict[str, dict[str, Any]] = {
+    "partners": {"members_per_class": 3, "ensemble_size": 3},
+    "groups": {"classes_per_member": 3, "members_per_class": 4},
+    "groups apart": {"classes_per_member": 4, "head": "pair", "ensemble_size": 2},
+    "fresh": {"selection": "random", "ensemble_size": 2},
+    "votes": {"mode": "vote", "head": "pair"},
+}
+
+
+@pytest.fixture(scope="module")
+def defences(student: Any, images: Images) -> dict[str, Any]:
+    return {
+        kind: fitted(student, images, RATIOS, jitter=0, **options)
+        for kind, options in KINDS.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_answer_as_plain_networks(
+    kind: str, defences: dict[str, Any], images: Images
+) -> None:
+    defence = defences[kind]
+    x = mixed(images)
+    details = defence.explain(x, verbose=0)
+    expected = PlainDefence(defence, images, RATIOS).answer(
+        x, details["student_class"], details["members"], defence.reject_threshold
+    )
+    for field in ("margins", "score"):
+        np.testing.assert_allclose(details[field], expected[field], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(details["disagreements"], expected["disagreements"])
+    assert details["margins"].shape == details["members"].shape == (len(x), defence.ensemble_size)
+    assert all(len(set(row)) == len(row) for row in details["members"])
+    if kind != "votes":
+        np.testing.assert_array_equal(details["answer"], expected["answer"])
+    assert 0.1 < details["accepted"].mean() < 0.9
+
+
+def test_how_many_know_a_class(defences: dict[str, Any]) -> None:
+    partners = defences["partners"]
+    assert partners.member_classes.shape == (9, 2)
+    assert (np.bincount(partners.member_classes.ravel()) == 3).all()
+    groups = defences["groups"]
+    assert groups.member_classes.shape == (8, 3)
+    assert weights_of(groups)["kernel"].shape == (8, 3, 20)
+    assert defences["groups apart"].members_per_class == 10  # of the 10 that are possible
+    assert np.bincount(defences["groups apart"].member_classes.ravel()).min() >= 10
+
+
+def test_partners_are_a_secret_of_the_key(student: Any, images: Images) -> None:
+    drawn = []
+    for key in (KEY, KEY, bytes(16), None, None):
+        defence = ktd.DifferentiatorEnsemble(
+            student, RATIOS, seed=0, key=key, members_per_class=2, ensemble_size=2
+        )
+        defence.adapt(images.x_train, images.y_train, verbose=0)
+        drawn.append(defence.member_classes.tolist())
+    assert drawn[0] == drawn[1]
+    assert len({str(pairs) for pairs in drawn}) > 2
+
+
+def all_pairs_say(defence: Any, x: np.ndarray, images: Images) -> np.ndarray:
+    """The class that all its K-1 pairs say, of every pair asked by a plain network; -1 if none."""
+    plain = PlainDefence(defence, images, RATIOS)
+    kernel, bias = (weights_of(defence)[name] for name in ("kernel", "bias"))
+    levels = np.array([1.0, 0.75, 0.5])[weights_of(defence)["levels"]]
+    votes = np.zeros((len(x), CLASSES), int)
+    for member, (first, second) in enumerate(defence.member_classes):
+        margin = plain.features((first, second), x, levels[member]) @ kernel[member, 0]
+        margin += bias[member, 0]
+        votes[np.arange(len(x)), np.where(margin > 0, first, second)] += 1
+    return np.where(votes.max(axis=1) == CLASSES - 1, votes.argmax(axis=1), -1)
+
+
+def test_votes_are_those_of_all_pairs(defences: dict[str, Any], images: Images) -> None:
+    defence = defences["votes"]
+    x = mixed(images)
+    details = defence.explain(x, verbose=0)
+    expected = all_pairs_say(defence, x, images)
+    np.testing.assert_array_equal(details["answer"], expected + 1)
+    np.testing.assert_array_equal(details["accepted"], expected >= 0)
+    other = (expected >= 0) & (expected != details["student_class"])
+    assert other.sum() > 2  # it classifies what the Student takes for something else
+    assert (details["disagreements"][other] > 0).all()
+    one = defence.explain(x[other][:1], verbose=0)
+    assert one["answer"] == details["answer"][other][0]
+    with pytest.raises(RuntimeError, match="votes decide"):
+        defence.calibrate(images.x_test, images.y_test, verbose=0)
+    with pytest.raises(ValueError, match="all of them vote"):
+        defence.explain(x, verbose=0, ensemble_size=2)
+
+
+@pytest.mark.parametrize("kind", ["groups apart", "partners", "votes"])
+def test_they_survive_saving_and_serving(
+    kind: str, defences: dict[str, Any], images: Images, tmp_path: Path
+) -> None:
+    defence = defences[kind]
+    x = mixed(images)
+    details = defence.explain(x, verbose=0)
+    np.save(tmp_path / "x.npy", x)
+    defence.save(tmp_path / "defence.keras")
+    folder = defence.export(tmp_path / "serving" / "defence")
+    in_fresh_process(LOAD, tmp_path / "defence.keras", tmp_path / "x.npy", tmp_path / "loaded.npz")
+    in_fresh_process(SERVE, folder, tmp_path / "x.npy", tmp_path / "served.npz")
+    for name in ("loaded", "served"):
+        other = dict(np.load(tmp_path / f"{name}.npz"))
+        assert set(details) - set(other) <= {"members", "margins"}
+        for field in other:
+            np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
+    loaded = keras.models.load_model(tmp_path / "defence.keras")
+    np.testing.assert_array_equal(loaded.member_classes, defence.member_classes)
+    before, after = defence.get_config(), loaded.get_config()
+    assert before.pop("student")["class_name"] == after.pop("student")["class_name"]
+    assert after == before
+
+
+def test_fresh_draws_differ_and_are_uniform(defences: dict[str, Any], images: Images) -> None:
+    defence = defences["fresh"]
+    same = np.repeat(images.x_test[:1], 800, axis=0)
+    drawn = defence.explain(same, batch_size=200, verbose=0)["members"]
+    known = np.flatnonzero((defence.member_classes == images.y_test[0]).any(axis=1))
+    times = np.bincount(drawn.ravel(), minlength=15)[known]
+    assert times.sum() == drawn.size
+    assert chisquare(times).pvalue > 1e-4
+    again = defence.explain(same, batch_size=200, verbose=0)["members"]
+    assert (again != drawn).any()
+
+
+def test_a_new_key_draws_other_members(student: Any, images: Images) -> None:
+    defence = fitted(student, images, RATIOS, ensemble_size=2)
+    before = defence.explain(images.x_test, verbose=0)["members"]
+    defence.rekey()
+    after = defence.explain(images.x_test, verbose=0)["members"]
+    assert (before != after).any(axis=1).mean() > 0.5
+    np.testing.assert_array_equal(after, defence.explain(images.x_test, verbose=0)["members"])
+    assert (weights_of(defence)["member_classes"] == defence.member_classes).all()
+
+
+def test_more_members_begin_with_the_same(defences: dict[str, Any], images: Images) -> None:
+    defence = defences["partners"]
+    three = defence.explain(images.x_test, verbose=0)
+    for size in (1, 2):
+        fewer = defence.explain(images.x_test, verbose=0, ensemble_size=size)
+        np.testing.assert_array_equal(fewer["members"], three["members"][:, :size])
+        np.testing.assert_allclose(fewer["margins"], three["margins"][:, :size], atol=1e-4)
+    with pytest.raises(ValueError, match="only 3 differentiators know a class"):
+        defence.explain(images.x_test, verbose=0, ensemble_size=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "vote"}, r"`head` is 'one_vs_rest'.*Received: mode='vote'"),
+        ({"mode": "vote", "head": "pair", "members_per_class": 3}, "`members_per_class`"),
+        ({"mode": "vote", "head": "pair", "classes_per_member": 3}, "`classes_per_member`"),
+        ({"mode": "vote", "head": "pair", "ensemble_size": 3}, "`ensemble_size`"),
+        ({"mode": "ballot"}, "`mode` must be one of"),
+        ({"selection": "seeded"}, "`selection` must be one of"),
+        ({"grouping": "k-means"}, "`grouping` must be one of"),
+        ({"members_per_class": 6}, "`members_per_class` must be an integer in 1..5"),
+        ({"members_per_class": 3, "ensemble_size": 4}, "only 3 differentiators know a class"),
+        ({"classes_per_member": 6}, "`classes_per_member` must be an integer in 2..5"),
+        ({"classes_per_member": 5, "members_per_class": 6}, "because 5 different ones"),
+    ],
+)
+def test_what_does_not_go_together(student: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ktd.DifferentiatorEnsemble(student, RATIOS, **options)
+
+
+def test_members_are_not_known_before_they_are_drawn(student: Any) -> None:
+    defence = ktd.DifferentiatorEnsemble(student, RATIOS, members_per_class=2, ensemble_size=2)
+    with pytest.raises(RuntimeError, match="Call `adapt"):
+        _ = defence.member_classes
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("partners", ["pairs of classes, 3 for each", "9 differentiators", "3 check an input"]),
+        ("groups", ["groups of 3 classes, 4 for each class, by likeness", "by 1 of 4 votes"]),
+        ("votes", ["all pairs of classes; all vote", "pair heads", "answers what wins"]),
+        ("fresh", ["2 check an input, random", "conv2: 5 of 10 kept, ratio 0.5"]),
+    ],
+)
+def test_the_summary_says_what_it_is_made_of(
+    kind: str, said: list[str], defences: dict[str, Any]
+) -> None:
+    lines: list[str] = []
+    defences[kind].summary(print_fn=lines.append)
+    (text,) = lines
+    assert text.startswith(repr(defences[kind]))
+    for words in [*said, "'student', 12×12×3", "frozen up to 'dropout'"]:
+        assert words in text
+
+
+def test_the_summary_says_what_comes_next(student: Any, images: Images) -> None:
+    texts: list[str] = []
+    defence = ktd.DifferentiatorEnsemble(student, {"conv1": 0.5}, seed=0)
+    defence.summary(texts.append)
+    defence.adapt(images.x_train, images.y_train, verbose=0)
+    defence.summary(texts.append)
+    defence.fit(images.x_train, images.y_train, verbose=0)
+    defence.calibrate(images.x_test, images.y_test, retention=0.9, verbose=0)
+    defence.summary(texts.append)
+    assert "adapt(x_train, y_train)" in texts[0]
+    assert "fit(x_train, y_train)" in texts[1]
+    assert "calibrated to keep 90%" in texts[2]
+    assert f"a score of at least {defence.calibration.threshold:.3f}" in texts[2]
+    assert "key" not in texts[2].replace("keyed", "")

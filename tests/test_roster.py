@@ -1,0 +1,110 @@
+"""Which classes the differentiators know, and the votes of all pairs."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from keras_tl_defense.ensemble.roster import Roster, find_members
+from keras_tl_defense.ensemble.voting import find_winner
+
+
+@given(st.integers(2, 30), st.data())
+def test_every_class_has_its_partners(classes: int, data: st.DataObject) -> None:
+    each = data.draw(st.integers(1, classes - 1))
+    roster = Roster(classes, 2, each)
+    pairs = roster.draw(np.zeros((classes, 0)), np.random.default_rng(data.draw(st.integers(0, 9))))
+    assert len(pairs) == roster.count <= classes * each
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+    assert len(np.unique(pairs, axis=0)) == len(pairs)
+    times = np.bincount(pairs.ravel(), minlength=classes)
+    assert times.min() == each
+    assert times.sum() == classes * each + classes * each % 2
+    check_table(pairs, roster)
+
+
+@given(st.integers(4, 30), st.data())
+def test_every_class_is_in_its_groups(classes: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(3, classes - 1))
+    each = data.draw(st.integers(1, min(6, comb(classes - 1, size - 1))))
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    roster = Roster(classes, size, each, data.draw(st.booleans()))
+    groups = roster.draw(rng.normal(size=(classes, 5)), rng)
+    assert groups.shape == (roster.count, size)
+    assert (np.diff(groups, axis=1) > 0).all()
+    times = np.bincount(groups.ravel(), minlength=classes)
+    assert each <= times.min() <= times.max() <= roster.most
+    check_table(groups, roster)
+
+
+def check_table(member_classes: np.ndarray, roster: Roster) -> None:
+    members, counts = find_members(member_classes, roster)
+    assert members.shape == (roster.classes, roster.most)
+    for number, (row, count) in enumerate(zip(members, counts, strict=True)):
+        expected = np.flatnonzero((member_classes == number).any(axis=1))
+        np.testing.assert_array_equal(row[:count], expected)
+
+
+def test_partners_are_drawn_evenly() -> None:
+    """Every graph on five classes in which all have two partners: twelve rings of five."""
+    rng = np.random.default_rng(0)
+    drawn = [Roster(5, 2, 2).draw(np.zeros((5, 0)), rng) for _ in range(1200)]
+    graphs, times = np.unique(drawn, axis=0, return_counts=True)
+    assert len(graphs) == 12
+    assert chisquare(times).pvalue > 1e-4
+
+
+def test_all_pairs_need_no_draw() -> None:
+    pairs = Roster(5, 2, 4).draw(np.zeros((5, 0)), np.random.default_rng())
+    np.testing.assert_array_equal(pairs, list(combinations(range(5), 2)))
+
+
+def test_groups_gather_classes_that_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    kinds = rng.permutation(np.repeat(np.arange(4), 3))
+    profiles = rng.normal(size=(4, 20))[kinds] + 0.1 * rng.normal(size=(12, 20))
+    alike = Roster(12, 3, 1).draw(profiles, rng)
+    assert all(len(set(kinds[group])) == 1 for group in alike)
+    several = Roster(12, 3, 8).draw(profiles, rng)
+    assert len(np.unique(several, axis=0)) > 24
+    drawn = Roster(12, 3, 8, alike=False).draw(profiles, rng)
+
+    def mixed(groups: np.ndarray) -> float:
+        return float(np.mean([len(set(kinds[group])) for group in groups]))
+
+    assert mixed(several) < mixed(drawn) - 0.2
+
+
+@given(st.integers(2, 9), st.integers(0, 99), st.booleans())
+@pytest.mark.filterwarnings("ignore")
+def test_the_winner_is_the_one_of_all_pairs(classes: int, seed: int, champion: bool) -> None:
+    """Tournaments drawn at random, in half of which some class wins against all others."""
+    rng = np.random.default_rng(seed)
+    wins = np.triu(rng.random((4, classes, classes)) < 0.5, 1)
+    wins = wins | np.tril(~wins.transpose(0, 2, 1), -1)
+    if champion:
+        for table in wins:
+            best = rng.integers(classes)
+            table[best], table[:, best] = True, False
+    asked = []
+
+    def beats(rows: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+        asked.append(first.shape[1])
+        return tf.constant(wins[rows.numpy()[:, None], first.numpy(), second.numpy()])
+
+    rows = tf.constant([2, 0, 3, 1, 2])
+    winner = find_winner(beats, rows, classes).numpy()
+    for row, found in zip(rows.numpy(), winner, strict=True):
+        others = ~np.eye(classes, dtype=bool)
+        votes = (wins[row] & others).sum(axis=1)
+        expected = np.flatnonzero(votes == classes - 1)
+        assert found == (expected[0] if len(expected) else -1)
+    assert sum(asked) == 2 * (classes - 1)
+    assert not champion or (winner >= 0).all()
