@@ -78,30 +78,43 @@ def measure(
     x, y = case.augmented()
     defence.fit(x, y, epochs=epochs, verbose=0)
     fitted = time.perf_counter()
+    seconds = {"seconds adapt": adapted - start, "seconds fit": fitted - adapted}
+    return [{**row, **seconds} for row in decisions(case, label, defence, attacks)]
+
+
+def decisions(
+    case: Case, label: str, defence: Any, attacks: dict[str, AttackResult]
+) -> list[dict[str, Any]]:
+    """A row for the votes and one for the calibrated score; of vote mode only the votes."""
+    kinds = {"votes": "count", "calibrated": "score"}
+    kept = float("nan")
+    if defence.mode == "vote":
+        del kinds["calibrated"]
+    else:
+        kept = defence.calibrate(case.x_val, case.y_val, verbose=0).rate
     rows = []
-    calibrated = defence.calibrate(case.x_val, case.y_val, verbose=0)
-    for decision in ("count", "score"):
-        defence.decision = decision
+    for kind, decision in kinds.items():
+        if defence.mode != "vote":
+            defence.decision = decision
         report = ktd.evaluate_defence(defence, case.x_test, case.y_test, attacks, verbose=0)
         row: dict[str, Any] = {
             "student": case.name,
             "defence": label,
-            "decision": "votes" if decision == "count" else "calibrated",
+            "decision": kind,
             "ratios": dict(defence.ratios),
             "head layer": defence.head_layer,
+            "differentiators": len(defence.member_classes),
             "levels": defence.sparsity().groupby("level")["differentiators"].first().to_dict(),
-            "seconds adapt": adapted - start,
-            "seconds fit": fitted - adapted,
-            "validation retention": calibrated.rate,
+            "validation retention": kept,
         }
         for rate in report.table.to_dict("records"):
             name = f"{rate['inputs']} {rate['metric']}"
             row[name], row[f"{name} n"] = rate["count"], rate["n"]
         roc = report.roc().table
-        for kind in attacks:
-            own = roc[roc["inputs"] == kind]
-            row[f"{kind} AUROC"] = float(own["auroc"].iloc[0])
-            row[f"{kind} at 0.95"] = int(own.loc[own["asked"] == 0.95, "count"].iloc[0])
+        for attack in attacks:
+            own = roc[roc["inputs"] == attack]
+            row[f"{attack} AUROC"] = float(own["auroc"].iloc[0])
+            row[f"{attack} at 0.95"] = int(own.loc[own["asked"] == 0.95, "count"].iloc[0])
         rows.append(row)
     return rows
 

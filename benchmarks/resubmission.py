@@ -1,21 +1,24 @@
 """How often a crafted image succeeds when the attacker may try again.
 
-    python benchmarks/resubmission.py
+    python benchmarks/resubmission.py DATA CACHE [--students lfw-flatten …]
 
-Each try after the first changes one value of one pixel by one grey level, which draws other
-differentiators. Drawn signs, mimicry at the cut, DSSIM at most 0.01, 600 steps; about 6 minutes.
+The same crafted image is sent 20 times, as it is, or with one value of one pixel changed by one
+grey level each time; to a defence that draws by the key, and to one that draws at random; it
+succeeds when one of the tries does. Attacks, `DATA` and `CACHE` are those of `members.py`.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import numpy as np
-import pandas as pd
+from members import searched
+from students import CASES, load_attacks, load_case
 
 import keras_tl_defense as ktd
-from keras_tl_defense._keras import keras
-from keras_tl_defense.demo import train_synthetic_teacher
 
-CUT, ATTACKS, TRIES, SEED = "flatten", 200, (1, 5, 20), 0
+TRIES = (1, 5, 20)
 
 
 def nudge(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -27,40 +30,52 @@ def nudge(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
-    """Print a table of successes by number of tries."""
-    keras.utils.set_random_seed(SEED)
-    teacher = train_synthetic_teacher(SEED)
-    signs = ktd.datasets.synthetic.load_signs(train_per_class=100, test_per_class=40, seed=SEED)
-    x, y = signs.x_test, signs.y_test
-    train, validation = signs.hold_out()
-    student = ktd.teachers.make_student(
-        teacher, CUT, train.x_train, train.y_train, signs.classes, verbose=0
-    )
-    defence = ktd.DifferentiatorEnsemble(student, seed=SEED)
-    defence.adapt(train.x_train, train.y_train, verbose=0)
-    defence.fit(train.x_train, train.y_train, verbose=0)
-    defence.calibrate(validation.x_train, validation.y_train, verbose=0)
-    answered = student.predict(x.astype(np.float32), verbose=0).argmax(axis=1)
-    plan = ktd.attacks.plan_attacks(y, answered, ATTACKS, seed=SEED)
-    attack = ktd.attacks.MimicryAttack(teacher, CUT, budget=0.01, steps=600)
-    source = x[plan.sources], y[plan.sources]
-    results = {
-        "targeted": attack(source[0], x[plan.targets], source[1], y[plan.targets]),
-        "non-targeted": attack.untargeted(source[0], x[plan.candidates], source[1]),
-    }
-    rng = np.random.default_rng(SEED)
-    rows = []
-    for name, result in results.items():
-        images, succeeded = result.adversarial, np.zeros(len(result.adversarial), bool)
-        details = defence.explain(images, verbose=0)
-        undefended = ktd.Rate.of(result.reached(details["student_class"]))
-        rows.append((name, "undefended", str(undefended)))
-        for tried in range(1, max(TRIES) + 1):
-            succeeded |= result.reached(details["student_class"]) & details["accepted"]
-            if tried in TRIES:
-                rows.append((name, f"defended, {tried} tries", str(ktd.Rate.of(succeeded))))
-            details = defence.explain(nudge(images, rng), verbose=0)
-    print(pd.DataFrame(rows, columns=["attack", "model", "success"]).to_string(index=False))
+    """Print a row for each Student, selection, decision and kind of attack."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("cache", type=Path)
+    students = [name for name in CASES if name != "lfw-mobilenet"]
+    parser.add_argument("--students", nargs="+", choices=CASES, default=students)
+    parser.add_argument("--attacks", type=int, default=300)
+    arguments = parser.parse_args()
+    tries = " | ".join(f"{count} tries" for count in TRIES)
+    print(f"| Student | selection | sent | attack | decision | {tries} |")
+    print("|---" * (5 + len(TRIES)) + "|", flush=True)
+    for name in arguments.students:
+        case = load_case(name, arguments.data, arguments.cache)
+        attacks = load_attacks(case, arguments.cache, arguments.attacks)
+        for selection in ("keyed", "random"):
+            defence = ktd.DifferentiatorEnsemble(
+                case.student,
+                seed=0,
+                preprocessing=case.preprocessing,
+                members_per_class=10,
+                selection=selection,
+                **searched(case, arguments.cache),
+            )
+            defence.adapt(case.x_train, case.y_train, verbose=0)
+            defence.fit(*case.augmented(), verbose=0)
+            defence.calibrate(case.x_val, case.y_val, verbose=0)
+            for sent in ("as it is", "one pixel changed"):
+                for kind, result in attacks.items():
+                    rng = np.random.default_rng(0)
+                    images = result.adversarial
+                    hits: dict[str, list[np.ndarray]] = {"votes": [], "calibrated": []}
+                    for number in range(max(TRIES)):
+                        # The first try is the crafted image itself.
+                        changed = sent == "one pixel changed" and number > 0
+                        tried = nudge(images, rng) if changed else images
+                        details = defence.explain(tried, verbose=0)
+                        reached = result.reached(details["student_class"])
+                        votes = details["disagreements"] < defence.reject_threshold
+                        hits["votes"].append(reached & votes)
+                        hits["calibrated"].append(reached & details["accepted"])
+                    for decision, all_tries in hits.items():
+                        cells = [
+                            str(ktd.Rate.of(np.any(all_tries[:count], axis=0))) for count in TRIES
+                        ]
+                        row = (name, selection, sent, kind, decision, *cells)
+                        print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":
