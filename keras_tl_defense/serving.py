@@ -51,7 +51,6 @@ def export_saved_model(model: Any, path: str | Path, signature: tf.TensorSpec) -
 
 def _write(model: Any, folder: Path, signature: tf.TensorSpec) -> None:
     archive = keras.export.ExportArchive()
-    archive.track(model)
     archive.add_endpoint("serving_default", model.serve, input_signature=[signature])
     with contextlib.redirect_stdout(io.StringIO()):
         archive.write_out(str(folder))

@@ -90,6 +90,11 @@ def test_the_configuration_holds_no_secret_and_no_data(defence: Any) -> None:
     assert set(config) == {
         "name",
         "student",
+        "mode",
+        "selection",
+        "members_per_class",
+        "classes_per_member",
+        "grouping",
         "ratios",
         "retention",
         "head",
@@ -313,3 +318,12 @@ def test_an_exported_graph_rejects_what_is_not_finite(
     assert not answers["accepted"][1:].any()
     assert (answers["disagreements"][1:] == 3).all()
     assert (answers["score"][1:] == np.finfo(np.float32).min).all()
+
+
+def test_an_export_holds_every_weight_once(defence: Any, tmp_path: Path) -> None:
+    folder = defence.export(tmp_path / "once")
+    stored = tf.train.list_variables(str(folder / "variables" / "variables"))
+    shapes = [shape for name, shape in stored if name.endswith("VARIABLE_VALUE")]
+    assert len(shapes) > 10
+    held = sum(int(np.prod(w.shape)) for w in defence.weights)
+    assert sum(int(np.prod(shape)) for shape in shapes) <= held
