@@ -41,6 +41,16 @@ def draw(classes: int, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8), y
 
 
+def latency(answer: Callable[[], Any]) -> float:
+    """Milliseconds for an image of a batch, the median of several; the first is not counted."""
+    times = []
+    for _ in range(TIMES + 1):
+        start = time.perf_counter()
+        answer()
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[1:])) / BATCH
+
+
 def measure(classes: int) -> dict[str, Any]:
     """Build, save, export and answer; sizes in MiB, times in seconds."""
     keras.utils.set_random_seed(0)
@@ -57,7 +67,7 @@ def measure(classes: int) -> dict[str, Any]:
         return result
 
     defence = ktd.DifferentiatorEnsemble(
-        student, {"conv1*": 0.5}, head_layer="pool2", members_per_class=10, seed=0
+        student, {"conv1*": 0.5}, head_layer="pool2", members_per_class=10, seed=0, key=bytes(16)
     )
     timed("adapt s", lambda: defence.adapt(x, y, verbose=0))
     timed("fit s", lambda: defence.fit(x, y, verbose=0))
@@ -77,19 +87,9 @@ def measure(classes: int) -> dict[str, Any]:
         batch = tf.constant(x_test[:BATCH].astype(np.float32))
         own = defence.explain(x_test[:BATCH], verbose=0)["answer"]
         assert (serve(batch)["answer"].numpy() == own).all()
-        times = []
-        for _ in range(TIMES):
-            start = time.perf_counter()
-            serve(batch)["answer"].numpy()
-            times.append(time.perf_counter() - start)
-        row["served, ms an image"] = 1000 * float(np.median(times)) / BATCH
+        row["served, ms an image"] = latency(lambda: serve(batch)["answer"].numpy())
         plain = tf.function(lambda images: student(images, training=False))
-        times = []
-        for _ in range(TIMES + 1):
-            start = time.perf_counter()
-            plain(batch).numpy()
-            times.append(time.perf_counter() - start)
-        row["Student alone, ms an image"] = 1000 * float(np.median(times[1:])) / BATCH
+        row["Student alone, ms an image"] = latency(lambda: plain(batch).numpy())
     row["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return row
 

@@ -110,11 +110,12 @@ def decisions(
         for rate in report.table.to_dict("records"):
             name = f"{rate['inputs']} {rate['metric']}"
             row[name], row[f"{name} n"] = rate["count"], rate["n"]
-        roc = report.roc().table
-        for attack in attacks:
-            own = roc[roc["inputs"] == attack]
-            row[f"{attack} AUROC"] = float(own["auroc"].iloc[0])
-            row[f"{attack} at 0.95"] = int(own.loc[own["asked"] == 0.95, "count"].iloc[0])
+        if defence.mode != "vote":
+            roc = report.roc().table
+            for attack in attacks:
+                own = roc[roc["inputs"] == attack]
+                row[f"{attack} AUROC"] = float(own["auroc"].iloc[0])
+                row[f"{attack} at 0.95"] = int(own.loc[own["asked"] == 0.95, "count"].iloc[0])
         rows.append(row)
     return rows
 
@@ -178,12 +179,14 @@ def row_path(cache: Path, name: str, label: str, attacks: int) -> Path:
     return cache / f"row-{code}-{name}-{attacks}-{label.replace(' ', '_')}.json"
 
 
+def cell(row: Any, name: str) -> str:
+    """A count with its Wilson interval in percent."""
+    rate = ktd.Rate.of(np.arange(int(row[f"{name} n"])) < row[name])
+    return f"{rate.count}/{rate.n} ({100 * rate.low:.0f}–{100 * rate.high:.0f})"
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table for readers: counts with Wilson intervals in percent."""
-
-    def cell(row: Any, name: str) -> str:
-        rate = ktd.Rate.of(np.arange(int(row[f"{name} n"])) < row[name])
-        return f"{rate.count}/{rate.n} ({100 * rate.low:.0f}–{100 * rate.high:.0f})"
 
     kinds = ("targeted", "non-targeted")
     lines = [

@@ -3,8 +3,9 @@
     python benchmarks/resubmission.py DATA CACHE [--students lfw-flatten …]
 
 The same crafted image is sent 20 times, as it is, or with one value of one pixel changed by one
-grey level each time; to a defence that draws by the key, and to one that draws at random; it
-succeeds when one of the tries does. Attacks, `DATA` and `CACHE` are those of `members.py`.
+grey level each time; to a defence that draws by the key, and to one that draws at random, ten
+differentiators for each class; it succeeds when one of the tries does. Attacks, `DATA` and `CACHE`
+are those of `members.py`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
             defence = ktd.DifferentiatorEnsemble(
                 case.student,
                 seed=0,
+                key=bytes(16),
                 preprocessing=case.preprocessing,
                 members_per_class=10,
                 selection=selection,

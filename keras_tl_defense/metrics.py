@@ -118,14 +118,14 @@ def clean_rates(
         answer: The defence's answers, 0 for rejected or `1..K`, same shape.
 
     Returns:
-        `student_accuracy`; `retention`, accepted of those that the Student answers rightly (what
-        a user loses); `clean_acceptance`, accepted of all (the paper's "TPR", which is not the
-        usual one); `clean_accuracy`, accepted and right of all.
+        `student_accuracy`; `retention`, given the Student's answer of those that the Student
+        answers rightly (what a user loses); `clean_acceptance`, accepted of all (the paper's "TPR",
+        which is not the usual one); `clean_accuracy`, accepted and right of all.
     """
     right, accepted = student_class == labels, answer > 0
     return {
         "student_accuracy": Rate.of(right),
-        "retention": Rate.of(accepted[right]),
+        "retention": Rate.of((answer - 1 == student_class)[right]),
         "clean_acceptance": Rate.of(accepted),
         "clean_accuracy": Rate.of(accepted & (answer - 1 == labels)),
     }

@@ -75,13 +75,18 @@ class PlainDefence:
         dense.set_weights([(kernel * connections)[np.tile(keep2, positions)], bias])
         return network(x.astype(np.float32), training=False).numpy()
 
+    def references(self, x: np.ndarray) -> list[np.ndarray]:
+        """Margins for all classes; without jitter there is one reference."""
+        (kernel,), (bias,) = self.heads["rival_kernel"], self.heads["rival_bias"]
+        return [self.features(range(CLASSES), x) @ kernel + bias]
+
     def answer(
         self, x: np.ndarray, student_class: np.ndarray, members: np.ndarray, threshold: int
     ) -> dict[str, np.ndarray]:
         answers, disagreements, scores, all_margins = [], [], [], []
         levels = np.array([1.0, 0.75, 0.5])[self.heads["levels"]]
         features = {p: self.features(self.known[p], x, levels[p]) for p in np.unique(members)}
-        reference = self.features(range(CLASSES), x)
+        references = self.references(x)
         kernel, bias = self.heads["kernel"], self.heads["bias"]
         for index, (own, drawn) in enumerate(zip(student_class, members, strict=True)):
             margins = []
@@ -94,9 +99,9 @@ class PlainDefence:
                     margins.append((logits[place] - max(np.delete(logits, place))) / 2)
                 else:
                     margins.append(logits[place])
-            rivals = reference[index] @ self.heads["rival_kernel"] + self.heads["rival_bias"]
+            rivals = np.mean([margins[index] for margins in references], axis=0)
             all_margins.append(margins)
-            against = sum(margin < 0 for margin in margins)
+            against = sum(margin <= 0 for margin in margins)
             answers.append(0 if against >= threshold else own + 1)
             disagreements.append(against)
             scores.append(np.mean(margins) + 2 * rivals[own] - 2.25 * max(np.delete(rivals, own)))

@@ -19,7 +19,7 @@ PAIRS = np.stack(np.triu_indices(CLASSES, 1), axis=1)
 
 
 def masks(student: Any, images: Images, ratios: Any, **options: Any) -> np.ndarray:
-    """Masks of the 8 filters of conv1 and the 10 of conv2, the reference's last."""
+    """Masks of the 8 filters of conv1 and the 10 of conv2, the references' last."""
     defence = ktd.DifferentiatorEnsemble(student, ratios, **options)
     defence.adapt(images.x_train, images.y_train, verbose=0)
     return weights_of(defence)["filter_masks"]
@@ -47,8 +47,10 @@ def test_jitter_follows_the_seed(student: Any, images: Images) -> None:
     exact, little, much = (
         masks(student, images, {"conv*": 0.5}, seed=3, jitter=j) for j in (0, 0.1, 5.0)
     )
-    assert (little != exact).sum() < (much != exact).sum()
-    distance = [np.mean(m[:-1, None] != m[None, :-1]) for m in (exact, little, much)]
+    assert (little[:15] != exact[:15]).sum() < (much[:15] != exact[:15]).sum()
+    assert (len(exact), len(much)) == (15 + 1, 15 + 4)  # with the references
+    assert len(np.unique(much[15:], axis=0)) > 1
+    distance = [np.mean(m[:15, None] != m[None, :15]) for m in (exact, little, much)]
     assert distance == sorted(distance)  # the differentiators resemble each other less
 
 
@@ -80,7 +82,7 @@ def test_a_loaded_defence_keeps_its_noise(student: Any, images: Images, tmp_path
     before = weights_of(defence)
     layer.set_level(np.arange(len(PAIRS)), 2)
     gentle = weights_of(loaded)["filter_masks"]
-    assert (gentle[:-1].sum(axis=1) == 8 - 2 + 10 - 2).all()
+    assert (gentle[:15].sum(axis=1) == 8 - 2 + 10 - 2).all()
     assert (gentle | ~before["filter_masks"]).all()  # what was kept is kept
     layer.set_level(np.arange(len(PAIRS)), 0)
     np.testing.assert_array_equal(weights_of(loaded)["filter_masks"], before["filter_masks"])
@@ -118,8 +120,8 @@ def test_classes_that_cannot_be_told_apart_are_pruned_more_gently(
         assert row.kept == expected[row.level][row.layer]
         assert row.differentiators == (levels == row.level).sum()
         part = kept[:, :8] if row.layer == "conv1" else kept[:, 8:]
-        assert (part[:-1][levels == row.level].sum(axis=1) == row.kept).all()
-    assert kept[-1].sum() == 9  # the reference body is never gentler
+        assert (part[:15][levels == row.level].sum(axis=1) == row.kept).all()
+    assert (kept[15:].sum(axis=1) == 9).all()  # references are never gentler
     defence.adapt(twins.x_train, twins.y_train, verbose=0)
     assert not weights_of(defence)["levels"].any()
 
@@ -128,7 +130,7 @@ def test_heads_can_read_an_earlier_layer(student: Any, images: Images, tmp_path:
     defence = fitted(student, images, {"conv1": 0.5}, head_layer="pool1", ensemble_size=3)
     assert (defence.head_layer, defence.cut) == ("pool1", "dropout")
     assert weights_of(defence)["kernel"].shape == (15, 2, 6 * 6 * 8)
-    assert weights_of(defence)["rival_kernel"].shape == (6 * 6 * 8, CLASSES)
+    assert weights_of(defence)["rival_kernel"].shape == (4, 6 * 6 * 8, CLASSES)
     rates = defence.evaluate(images.x_test, images.y_test, verbose=0)
     assert rates["clean_acceptance"].rate > 0.8
     defence.save(tmp_path / "defence.keras")

@@ -61,6 +61,10 @@ def test_what_has_no_sizes(student: Any, defence: Any, images: Images) -> None:
     x, y = images.x_test, images.y_test
     with pytest.raises(ValueError, match="No size is left: 5 differentiators know a class"):
         evaluate_ensemble_sizes(defence, x, y, sizes=[6, 7], verbose=0)
+    with pytest.raises(ValueError, match="No size is left"):
+        evaluate_ensemble_sizes(defence, x, y, sizes=[1, 2], thresholds=[3], verbose=0)
+    with pytest.raises(TypeError, match=r"must be several integers.*Received: sizes=15"):
+        evaluate_ensemble_sizes(defence, x, y, sizes=15, verbose=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`sizes` must be an integer of at least 1"):
         evaluate_ensemble_sizes(defence, x, y, sizes=[0], verbose=0)
     votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")

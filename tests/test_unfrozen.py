@@ -120,9 +120,15 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
         network.get_layer("head").set_weights(head)
         masked = at_pool * weights["filter_masks"][member]
         margins[member] = network(masked, training=False).numpy()
-    assert weights["filter_masks"].shape == (4, 6)
-    reference = (at_pool * weights["filter_masks"][-1]).reshape(len(x), -1)
-    rivals = reference @ weights["rival_kernel"] + weights["rival_bias"]
+    assert weights["filter_masks"].shape == (3 + 4, 6)
+    heads = zip(weights["rival_kernel"], weights["rival_bias"], strict=True)
+    references = [
+        (at_pool * mask).reshape(len(x), -1) @ kernel + bias
+        for mask, (kernel, bias) in zip(weights["filter_masks"][3:], heads, strict=True)
+    ]
+    assert len(references) == 4
+    assert not all(np.allclose(references[0], other) for other in references)
+    rivals = np.mean(references, axis=0)
     assert (details["members"] < 3).all()
     for index, answered in enumerate(details["student_class"]):
         drawn = details["members"][index]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import comb
 from typing import Any
 
 import numpy as np
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
-from keras_tl_defense.ensemble.roster import Roster
+from keras_tl_defense.ensemble.roster import Roster, most_members
 from keras_tl_defense.graph import ModelGraph
 
 _MEMBERS_OF_GROUPS = 10  # that know a class, unless the user says otherwise
@@ -36,24 +35,28 @@ def make_roster(
         "classes_per_member", classes_per_member, 2, most, f"for the {classes} classes"
     )
     check_choice("grouping", grouping, ("likeness", "random"))
-    known = comb(classes - 1, size - 1)
+    known = most_members(classes, size)
     if members_per_class is None:
         each = known if size == 2 else min(_MEMBERS_OF_GROUPS, known)
     else:
-        why = f"because {known} different ones can know a class"
+        why = f"because no more than {known} different ones know a class"
         each = check_integer("members_per_class", members_per_class, 1, known, why)
     return Roster(classes, size, each, grouping == "likeness")
 
 
-def check_ensemble_size(ensemble_size: int | None, roster: Roster) -> int:
+def check_ensemble_size(ensemble_size: int | None, roster: Roster, least: int = 1) -> int:
     """The ensemble size, by default 5 or what there are; `ValueError` for more than there are."""
     if ensemble_size is None:
         return min(5, roster.each)
     why = f"because only {roster.each} differentiators know a class"
-    return check_integer("ensemble_size", ensemble_size, 1, roster.each, why)
+    if roster.each < most_members(roster.classes, roster.size):
+        why += " (more with `members_per_class=`)"
+    if least > 1:
+        why += f" and {least} of them reject an input"
+    return check_integer("ensemble_size", ensemble_size, least, roster.each, why)
 
 
-def check_vote(head: str, roster: Roster, ensemble_size: int | None) -> None:
+def check_vote(head: str, roster: Roster, ensemble_size: int | None, reject_threshold: int) -> None:
     """Refuse vote mode where a class cannot win against each of the others."""
     every = roster.classes - 1
     problem = ""
@@ -65,6 +68,8 @@ def check_vote(head: str, roster: Roster, ensemble_size: int | None) -> None:
         problem = "some pairs of classes have no differentiator; leave out `members_per_class`"
     elif ensemble_size not in (None, every):
         problem = "all of them vote; leave out `ensemble_size`"
+    elif reject_threshold != 1:
+        problem = "one lost vote is enough not to win; leave out `reject_threshold`"
     if problem:
         raise ValueError(
             "In vote mode a class must win against each of the others, so every pair of classes "

@@ -1,8 +1,9 @@
 """All differentiators of a Student, stacked: masks, thresholds and heads as a few weights.
 
-Nothing here is of the Student's size. A differentiator is a row in each weight. One more row is the
-*reference*: the body pruned by the activations of all classes together, under a head for each
-class, which says what else an image may be.
+Nothing here is of the Student's size. A differentiator is a row in each weight. A few more rows are
+the *references*: bodies pruned by the activations of all classes together, under a head for each
+class, which say what else an image may be. They differ by their jitter, and their margins are
+averaged: what one of them believes because of the filters that it happens to have, others do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.masked import MaskedBody
-from keras_tl_defense.ensemble.roster import Roster, find_members
+from keras_tl_defense.ensemble.roster import Roster, find_members, pair_number
 from keras_tl_defense.ensemble.selection import draw
 from keras_tl_defense.ensemble.tops import OwnTop
 from keras_tl_defense.ensemble.training import HeadKind, head_count
@@ -35,7 +36,8 @@ from keras_tl_defense.pruning.masks import (
 LEVELS = (1.0, 0.75, 0.5)
 """Shares of the common ratios; a differentiator that they leave too little takes the next."""
 
-# How much the reference's margin of the Student's class counts, and its largest of another.
+_REFERENCES = 4  # one where nothing makes them differ
+# How much the references' margin of the Student's class counts, and their largest of another.
 _OWN, _OTHER = 2.0, 2.25
 
 _TOO_MANY_BYTES = 8 << 30
@@ -57,6 +59,7 @@ class DifferentiatorBank(keras.layers.Layer):
 
     Attributes:
         count: Number of differentiators.
+        references: Numbers of the references, which follow those of the differentiators.
         features: Size of what the heads read.
         needs: Numbers of the tensors that `body_features` takes from a pass over the images.
     """
@@ -79,13 +82,15 @@ class DifferentiatorBank(keras.layers.Layer):
         self._graph = graph
         self._body = MaskedBody(graph, tensor, blocks)
         self.needs = (tensor,)
-        self._roster, self._apart = roster, head == "pair"
+        self._roster, self._head = roster, head
         self._jitter = jitter
         self.top = top
         self.features = _feature_count(graph, tensor) if top is None else top.features
         count, classes, heads = roster.count, roster.classes, head_count(head, roster.size)
         _check_size(count, heads, self.features, top)
-        self.count = self.reference = count
+        self.count = count
+        self.references = count + np.arange(_REFERENCES if jitter and self._layout.filters else 1)
+        bodies = count + len(self.references)
         add = self.add_weight
         self._member_classes = add(
             name="member_classes", shape=(count, roster.size), dtype="int32", initializer="zeros"
@@ -96,7 +101,7 @@ class DifferentiatorBank(keras.layers.Layer):
         self._known_by = add(name="known_by", shape=(classes,), dtype="int32", initializer="zeros")
         filters = sum(block.units for block in self._layout.filters)
         self.filter_masks = add(
-            name="filter_masks", shape=(count + 1, filters), dtype="bool", initializer="ones"
+            name="filter_masks", shape=(bodies, filters), dtype="bool", initializer="ones"
         )
         self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
         self.levels = add(name="levels", shape=(count,), dtype="int32", initializer="zeros")
@@ -104,20 +109,23 @@ class DifferentiatorBank(keras.layers.Layer):
         for number, block in enumerate(self._layout.scored(top)):
             suffix = f"_{number}"
             self._activations[block.name] = add(
-                name="activations" + suffix, shape=(classes, block.units), initializer="zeros"
+                name="activations" + suffix,
+                shape=(classes + 1, block.units),  # of every class, and the largest of all
+                initializer="zeros",
             )
             if block.kind == "connections" and block.name in self._layout.by_name:
                 self._thresholds[block.name] = add(
-                    name="thresholds" + suffix, shape=(count + 1,), initializer="zeros"
+                    name="thresholds" + suffix, shape=(bodies,), initializer="zeros"
                 )
                 self._ties[block.name] = add(
-                    name="ties" + suffix, shape=(count + 1,), dtype="int64", initializer="zeros"
+                    name="ties" + suffix, shape=(bodies,), dtype="int64", initializer="zeros"
                 )
         self.kernel = add(name="kernel", shape=(count, heads, self.features), initializer="zeros")
         self.bias = add(name="bias", shape=(count, heads), initializer="zeros")
         width = _feature_count(graph, tensor)
-        self.rival_kernel = add(name="rival_kernel", shape=(width, classes), initializer="zeros")
-        self.rival_bias = add(name="rival_bias", shape=(classes,), initializer="zeros")
+        stacked = (len(self.references), width, classes)
+        self.rival_kernel = add(name="rival_kernel", shape=stacked, initializer="zeros")
+        self.rival_bias = add(name="rival_bias", shape=stacked[::2], initializer="zeros")
         self._top_weights, self._top_kept = {}, {}
         if top is not None:
             for number, (name, shape) in enumerate(top.weight_shapes().items()):
@@ -154,10 +162,11 @@ class DifferentiatorBank(keras.layers.Layer):
         self._members_of.assign(members_of)
         self._known_by.assign(known_by)
         for name, weight in self._activations.items():
-            weight.assign(activations[name])
+            means = activations[name]
+            weight.assign(np.concatenate([means, means.max(axis=0, keepdims=True)]))
         self.jitter_seed.assign(jitter_seed)
         self.set_level(np.arange(self.count), 0)
-        self._set_masks(np.array([self.reference]), np.arange(roster.classes)[None], 0)
+        self._set_masks(self.references, np.full((len(self.references), 1), roster.classes), 0)
 
     def set_level(self, members: np.ndarray, level: int) -> None:
         """Prune some differentiators by `LEVELS[level]` of the ratios.
@@ -191,12 +200,11 @@ class DifferentiatorBank(keras.layers.Layer):
             whole = np.concatenate(masks, axis=1)
             self.filter_masks.assign(_replaced(self.filter_masks, members, whole))
 
-    def own_scores(self, member: int) -> dict[str, np.ndarray]:
-        """Score of each unit of a differentiator's own layers, `(units,)` of each."""
+    def own_scores(self, members: np.ndarray) -> dict[str, np.ndarray]:
+        """Score of each unit of differentiators' own layers, `(members, units)` of each layer."""
         own = [] if self.top is None else self.top.blocks
-        members = np.array([member])
         return {
-            block.name: self._scores(number, block, members, self.member_classes[members])[0]
+            block.name: self._scores(number, block, members, self.member_classes[members])
             for number, block in enumerate(own, len(self._layout.blocks))
         }
 
@@ -209,8 +217,13 @@ class DifferentiatorBank(keras.layers.Layer):
         if block.kind == "connections":
             return scores
         seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
-        noise = np.random.default_rng(seed).normal(size=(self.count + 1, block.units))
+        noise = np.random.default_rng(seed).normal(size=(self.references[-1] + 1, block.units))
         return scores * np.exp(self._jitter * noise[members])
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether every two classes have a differentiator, which is no secret."""
+        return self._roster.size == 2 and self._roster.each == self._roster.classes - 1
 
     @property
     def blocks(self) -> list[Block]:
@@ -231,7 +244,7 @@ class DifferentiatorBank(keras.layers.Layer):
                 stacks[name].assign(_replaced(stacks[name], members, array))
 
     def set_rivals(self, kernel: np.ndarray, bias: np.ndarray) -> None:
-        """Set the reference's heads, of shapes `(features, classes)` and `(classes,)`."""
+        """Set the references' heads, `(references, features, classes)` and `(…, classes)`."""
         self.rival_kernel.assign(kernel)
         self.rival_bias.assign(bias)
 
@@ -273,11 +286,10 @@ class DifferentiatorBank(keras.layers.Layer):
         """The class that wins the votes of all pairs, or -1, of some images: `find_winner`."""
 
         def beats(rows: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-            low, high = tf.minimum(first, second), tf.maximum(first, second)
-            members = low * (2 * self._roster.classes - low - 1) // 2 + high - low - 1
+            members = pair_number(first, second, self._roster.classes)
             places = tf.repeat(rows, members.shape[1])[:, None]
             features = self.body_features(values, places, tf.reshape(members, [-1]))
-            return self.margins(features, members, first) >= 0
+            return self.margins(features, members, first) > 0
 
         return tf.cond(  # oneDNN gives convolutions of no images a wrong shape
             tf.size(rows) > 0,
@@ -311,7 +323,7 @@ class DifferentiatorBank(keras.layers.Layer):
         )
 
     def filter_mask(self, member: int) -> np.ndarray:
-        """Which filters a differentiator, or the reference, keeps: boolean, `(filters,)`."""
+        """Which filters a differentiator, or a reference, keeps: boolean, `(filters,)`."""
         return np.asarray(tf.convert_to_tensor(self.filter_masks)[member])
 
     def own_features(self, values: tf.Tensor, member: tf.Tensor) -> tf.Tensor:
@@ -325,30 +337,30 @@ class DifferentiatorBank(keras.layers.Layer):
         """How many rows of `body_features` keep each tensor below `memory` bytes, 1 to 512."""
         return int(np.clip(memory // self._body.row_bytes, 1, 512))
 
-    def margins(
-        self, features: tf.Tensor, members: tf.Tensor, student_class: tf.Tensor
-    ) -> tf.Tensor:
-        """How surely each member takes an image for the Student's class.
+    def margins(self, features: tf.Tensor, members: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
+        """How surely each member takes an image for a class that it knows.
 
         Args:
             features: Float tensor of shape `(batch * k, features)`, the members' features of the
                 first image, then of the second, and so on.
-            members: Int tensor of shape `(batch, k)`: differentiators that know the class.
-            student_class: Int tensor of shape `(batch,)`, or `(batch, k)` for other ones than the
-                Student's.
+            members: Int tensor of shape `(batch, k)`.
+            classes: Int tensor of shape `(batch,)`, a class for all members of an image, such as
+                the Student's; or `(batch, k)`.
 
         Returns:
-            Float tensor of shape `(batch, k)`, negative where a member disagrees; +1 is usual for
-            an honest image of the class, -1 for one of another class.
+            Float tensor of shape `(batch, k)`, above 0 where a member agrees; +1 is usual for an
+            honest image of the class, -1 for one of another class, and 0 is what heads say that
+            tell nothing.
         """
         flat = tf.reshape(members, [-1])
-        if student_class.shape.rank == 1:
-            student_class = student_class[:, None]
-        own = tf.equal(tf.gather(self._member_classes, members), student_class[..., None])
+        if classes.shape.rank == 1:
+            classes = classes[:, None]
+        own = tf.equal(tf.gather(self._member_classes, members), classes[..., None])
         own = tf.reshape(own, (-1, self._roster.size))
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
         features = tf.cast(features, kernel.dtype)
-        if self._apart and self._roster.size > 2:
+        apart = self._head == "pair"
+        if apart and self._roster.size > 2:
             every = tf.einsum("rf,rhf->rh", features, tf.gather(kernel, flat))
             every += tf.gather(bias, flat)
             best = tf.reduce_max(tf.where(own, every.dtype.min, every), axis=1)
@@ -356,14 +368,14 @@ class DifferentiatorBank(keras.layers.Layer):
             return tf.reshape(margins, tf.shape(members))
         place = tf.argmax(own, axis=1, output_type=tf.int32)
         sign = tf.ones_like(place, kernel.dtype)
-        if self._apart:
+        if apart:
             sign, place = 1 - 2 * tf.cast(place, kernel.dtype), tf.zeros_like(place)
         chosen = tf.stack([flat, place], axis=1)
         logits = tf.reduce_sum(features * tf.gather_nd(kernel, chosen), axis=1)
         return tf.reshape((logits + tf.gather_nd(bias, chosen)) * sign, tf.shape(members))
 
     def rivals(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
-        """How surely the reference takes each image for each class.
+        """How surely the references take each image for each class, on average.
 
         Args:
             values: The unmasked tensors of a pass over the images.
@@ -371,19 +383,20 @@ class DifferentiatorBank(keras.layers.Layer):
         Returns:
             Float tensor of shape `(batch, classes)`.
         """
-        rows = tf.range(tf.shape(values[self.needs[0]])[0])[None]
-        features = self.masked_body(values, rows, tf.constant([self.reference]))
+        images, count = tf.shape(values[self.needs[0]])[0], len(self.references)
+        rows = tf.tile(tf.range(images)[None], [count, 1])
+        features = self.masked_body(values, rows, tf.constant(self.references, tf.int32))
         kernel = tf.convert_to_tensor(self.rival_kernel)
-        margins = tf.linalg.matmul(tf.cast(features, kernel.dtype), kernel)
-        return margins + tf.convert_to_tensor(self.rival_bias)
+        features = tf.reshape(tf.cast(features, kernel.dtype), (count, images, kernel.shape[1]))
+        margins = tf.linalg.matmul(features, kernel) + self.rival_bias[:, None]
+        return tf.reduce_mean(margins, axis=0)
 
     def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
         """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
         means = tf.convert_to_tensor(self._activations[name])
         known = tf.gather(self._member_classes, tf.minimum(member, self.count - 1))
-        own = tf.reduce_max(tf.gather(means, known), axis=0)
-        every = tf.reduce_max(means, axis=0)
-        unit_scores = tf.where(tf.equal(member, self.reference), every, own)
+        known = tf.where(member < self.count, known, self._roster.classes)
+        unit_scores = tf.reduce_max(tf.gather(means, known), axis=0)
         kernel = tf.convert_to_tensor(self._layout.by_name[name].step.layer.kernel)
         score = tf.abs(kernel) * unit_scores[:, None]
         index = tf.reshape(tf.range(tf.size(score, tf.int64), dtype=tf.int64), tf.shape(score))
@@ -395,12 +408,12 @@ class DifferentiatorBank(keras.layers.Layer):
 def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor) -> tf.Tensor:
     """How sure the differentiators are that an image is what the Student says.
 
-    The members' mean margin, plus 2 times the reference's margin of the Student's class, less 2.25
-    times its largest margin of another class. An honest image of the class has about 4.
+    The members' mean margin, plus 2 times the references' margin of the Student's class, less 2.25
+    times their largest margin of another class. An honest image of the class has about 4.
 
     Args:
         margins: Float tensor of shape `(batch, k)`, of the members.
-        rivals: Float tensor of shape `(batch, classes)`, of the reference.
+        rivals: Float tensor of shape `(batch, classes)`, of the references, averaged.
         student_class: Int tensor of shape `(batch,)`.
 
     Returns:
@@ -424,7 +437,6 @@ class _Layout:
         self.blocks = blocks
         self.ratios = ratios
         self.filters = [block for block in blocks if block.kind == "filters"]
-        self.connections = [block for block in blocks if block.kind == "connections"]
         self.by_name = {block.name: block for block in blocks}
 
     def scored(self, top: OwnTop | None) -> list[Block]:

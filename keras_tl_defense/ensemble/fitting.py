@@ -40,7 +40,7 @@ def fit_differentiators(
 
     Args:
         bank: The differentiators, with their masks; takes the heads.
-        sample: Training images; the reference takes more of them than a differentiator.
+        sample: Training images; references take more of them than a differentiator.
         head: `"pair"` or `"one_vs_rest"`.
         preprocessing: Callable from the images to what the Student takes, or `None`.
         tuning: For differentiators with layers of their own.
@@ -83,8 +83,9 @@ def fit_differentiators(
         options: dict[str, Any] = {"rng": rng, "progress": bar.add}
         class_sets = known[members]
         if trainer is not None:
+            scores = bank.own_scores(members)
             tops = tune_tops(
-                body_values, own, members, class_sets, head, trainer, bank.own_scores, **options
+                body_values, own, members, class_sets, head, trainer, scores, **options
             )
             bank.set_tops(members, *tops)
         heads = train_heads(features, own, members, class_sets, bank.features, head, **options)
@@ -96,13 +97,18 @@ def fit_differentiators(
         if not len(members) or not bank.blocks:
             break
     if len(members):
+        # Which classes a differentiator knows may be a secret.
         classes = ", ".join(map(str, np.unique(known[members])))
+        of = f"of their classes: {classes}" if bank.all_pairs else "of classes with few"
         warnings.warn(
             f"{len(members)} of {bank.count} differentiators tell fewer than {_FLOOR:.0%} of "
-            "held-out images rightly and will reject honest ones. Give more images of their "
-            f"classes: {classes}.",
+            "held-out images rightly and will reject honest ones. Give more images "
+            f"{of}.",
             stacklevel=3,
         )
-    width = bank.rival_kernel.shape[0]
-    bank.set_rivals(*train_rivals(body_values, sample, bank.reference, width))
+    width = bank.rival_kernel.shape[1]
+    rivals = [
+        train_rivals(body_values, sample, int(reference), width) for reference in bank.references
+    ]
+    bank.set_rivals(*(np.stack(arrays) for arrays in zip(*rivals, strict=True)))
     return history

@@ -49,6 +49,7 @@ _ADAPTED, _FITTED = 1, 2
 _DECISIONS = ("count", "score")
 _UNFROZEN_RATIO = 0.5  # of unfrozen layers, which the search leaves aside
 _LOWEST = float(np.finfo(np.float32).min)
+_MANY = 10_000  # differentiators, above which a warning names the way to fewer
 _ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at once
 
 
@@ -56,14 +57,15 @@ _ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at onc
 class DifferentiatorEnsemble(keras.Model):
     """A Student that rejects inputs on which a few differentiators disagree with it.
 
-    A differentiator is a copy of the Student for two classes: its frozen layers, pruned by the
-    activations of these classes, under heads of its own that tell each of the two from all other
-    classes. An input crafted on the public Teacher imitates the activations of another class in the
-    *unpruned* layers, and loses the imitation where these are missing. For each input the Student
-    answers a class, and `ensemble_size` differentiators that know this class are drawn by a keyed
-    hash of the input. When `reject_threshold` of them disagree, the answer is 0, rejected; else it
-    is the Student's class plus one. After `calibrate` a score decides instead: how sure they are,
-    and how sure a *reference* is, one more pruned body with a head for every class.
+    A differentiator is a copy of the Student for two classes (or a few): its frozen layers, pruned
+    by the activations of these classes, under heads of its own that tell each of them from all
+    other classes, or, as in the paper, from each other. An input crafted on the public Teacher
+    imitates the activations of another class in the *unpruned* layers, and loses the imitation
+    where these are missing. For each input the Student answers a class, and `ensemble_size`
+    differentiators that know this class are drawn by a keyed hash of the input. When
+    `reject_threshold` of them disagree, the answer is 0, rejected; else it is the Student's class
+    plus one. After `calibrate` a score decides instead: how sure they are,
+    and how sure four *references* are, more pruned bodies with a head for every class.
 
     Images are in 0..255. The Student's layers are shared, not copied: train it before, not after.
 
@@ -100,14 +102,15 @@ class DifferentiatorEnsemble(keras.Model):
             class. It needs `head="pair"` and all pairs, and asks up to 3(K-1) of them for an input.
         selection: `"keyed"`: drawn by a keyed hash of the input, so that the same input meets the
             same differentiators every time and trying again does not help. `"random"`: drawn
-            afresh for every answer.
+            afresh for every answer, which TensorFlow's op determinism does not allow.
         members_per_class: Differentiators that know a class, at least, whose partners are drawn at
             random by the secret key. Defaults to K-1, all pairs; with fewer, their number grows
-            with K, not with K². For groups the default is 10.
+            with K, not with K². For groups the default is 10, or as many as can differ.
         classes_per_member: Classes that a differentiator knows. More than 2 make groups that
-            overlap, each class in `members_per_class` of them. Defaults to `2`.
+            overlap, each class in `members_per_class` of them or more. Defaults to `2`.
         grouping: `"likeness"` gathers classes with similar activations in a group, in other ways
-            for each time that a class is in one; `"random"` does not. Defaults to `"likeness"`.
+            for each time that a class is in one; `"random"` does not, nor does `"likeness"` where
+            no layer is pruned. Defaults to `"likeness"`.
         cut: Name of the last frozen layer. Defaults to what `layer.trainable` says.
         preprocessing: Callable from images in 0..255 to what the Student takes, when it does not
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
@@ -116,7 +119,8 @@ class DifferentiatorEnsemble(keras.Model):
             candidates, for each training image. It crafts its attacks before: 128 images, 150
             steps, at each of up to five layers. Defaults to `60`.
         seed: Integer of at least 0 that makes the search, the jitter and training reproducible. Who
-            knows it can recompute the differentiators' masks; the key never comes from it.
+            knows it, and which classes a differentiator knows, can recompute its masks; the key
+            never comes from it.
         key: Secret of the draw, 16 bytes. For tests; defaults to the operating system's randomness.
         **kwargs: Passed to `keras.Model`.
 
@@ -184,7 +188,7 @@ class DifferentiatorEnsemble(keras.Model):
             )
         self.cut = graph.steps[graph.producer[self._cut]].name
         self.retention = check_retention(retention)
-        self.head = check_choice("head", head, ("pair", "one_vs_rest"))
+        self._head = check_choice("head", head, ("pair", "one_vs_rest"))
         self.tune = check_choice("tune", tune, ("head", "unfrozen"))
         self.iterations = check_integer("iterations", iterations, 1)
         head_tensor(graph, self._cut, head_layer)
@@ -196,12 +200,17 @@ class DifferentiatorEnsemble(keras.Model):
         self.head_layer = self.cut if tune == "unfrozen" else head_layer
         self.jitter = 0.0 if jitter == 0 else check_positive("jitter", jitter)
         self.preprocessing = check_callable("preprocessing", preprocessing)
-        self.mode = check_choice("mode", mode, ("validate", "vote"))
-        self.selection = check_choice("selection", selection, ("keyed", "random"))
-        self.grouping = grouping
+        self._mode = check_choice("mode", mode, ("validate", "vote"))
+        self._selection = check_choice("selection", selection, ("keyed", "random"))
         self._roster = make_roster(self.classes, classes_per_member, members_per_class, grouping)
+        if self._roster.count > _MANY:
+            warnings.warn(
+                f"{self._roster.count} differentiators take long to fit. Have fewer with "
+                f"`members_per_class=10`. Received: {self.classes} classes",
+                stacklevel=2,
+            )
         if mode == "vote":
-            check_vote(head, self._roster, ensemble_size)
+            check_vote(head, self._roster, ensemble_size, reject_threshold)
             ensemble_size = self.classes - 1
         self._ensemble_size = check_ensemble_size(ensemble_size, self._roster)
         self._reject_threshold = check_integer(
@@ -266,13 +275,14 @@ class DifferentiatorEnsemble(keras.Model):
     def __repr__(self) -> str:
         return describe(self) if hasattr(self, "_roster") else super().__repr__()
 
-    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+    def summary(self, print_fn: Callable[[str], Any] | None = None, **options: Any) -> None:
         """Say what the defence is made of: Student, members, heads, ratios, decision.
 
         Args:
-            print_fn: Takes the text.
+            print_fn: Takes the text. Defaults to `print`.
+            **options: Others of Keras's `summary`, which change nothing here.
         """
-        print_fn(summarise(self))
+        (print_fn or print)(summarise(self))
 
     @property
     def adapted(self) -> bool:
@@ -285,23 +295,43 @@ class DifferentiatorEnsemble(keras.Model):
         return int(np.array(self._stage)) >= _FITTED
 
     @property
+    def mode(self) -> str:
+        """`"validate"` or `"vote"`; fixed when the defence is made, as all of these are."""
+        return self._mode
+
+    @property
+    def head(self) -> HeadKind:
+        """`"pair"` or `"one_vs_rest"`."""
+        return self._head
+
+    @property
+    def selection(self) -> str:
+        """`"keyed"` or `"random"`."""
+        return self._selection
+
+    @property
+    def grouping(self) -> str:
+        """`"likeness"` or `"random"`."""
+        return "likeness" if self._roster.alike else "random"
+
+    @property
     def ensemble_size(self) -> int:
-        """Differentiators that check an input; fixed when the defence is made."""
+        """Differentiators that check an input."""
         return self._ensemble_size
 
     @property
     def reject_threshold(self) -> int:
-        """Disagreements that reject an input; fixed when the defence is made."""
+        """Disagreements that reject an input."""
         return self._reject_threshold
 
     @property
     def members_per_class(self) -> int:
-        """How many differentiators know a class, at least; fixed when the defence is made."""
+        """How many differentiators know a class, at least."""
         return self._roster.each
 
     @property
     def classes_per_member(self) -> int:
-        """How many classes a differentiator knows; fixed when the defence is made."""
+        """How many classes a differentiator knows."""
         return self._roster.size
 
     @property
@@ -324,6 +354,8 @@ class DifferentiatorEnsemble(keras.Model):
     @decision.setter
     def decision(self, value: str) -> None:
         check_choice("decision", value, _DECISIONS)
+        if value == "score":
+            self._check_score_decides()
         if value == "score" and self.calibration is None:
             raise RuntimeError(
                 "There is no threshold to decide by. Call `calibrate(x_val, y_val)` first. "
@@ -343,7 +375,9 @@ class DifferentiatorEnsemble(keras.Model):
     def adapt(
         self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
     ) -> None:
-        """Draw the differentiators' classes and prune them by these classes' activations, afresh.
+        """Prune the differentiators by the activations of their classes, afresh.
+
+        Which classes they know is drawn by the key, where they are not all pairs.
 
         With `ratios="auto"` the first call searches the ratios, too; later calls keep them.
 
@@ -420,8 +454,9 @@ class DifferentiatorEnsemble(keras.Model):
         `head="one_vs_rest"`, 128 of other classes; it is chosen and scaled by held-out images, each
         answered by the head that was fitted without it. A differentiator that tells held-out images
         rightly in less than 70 % is pruned more gently, by three quarters or half of the ratios.
-        The reference, one more body, gets a head for each class, fitted on up to 8000 images. Where
-        images have near twins, frames of a film or mirrored copies, held-out figures are too good.
+        The references, four more bodies, get a head for each class, fitted on up to 8000 images.
+        Where images have near twins, frames of a film or mirrored copies, held-out figures are too
+        good.
 
         Args:
             x: Training images, as for `adapt`.
@@ -430,8 +465,8 @@ class DifferentiatorEnsemble(keras.Model):
                 have a closed form. Defaults to `5`.
             batch_size: Images in a step of fine-tuning, and per batch of arrays.
             images_per_class: At most this many images of each class are used for a
-                differentiator, chosen at random.
-                More take longer and reject fewer honest inputs. Defaults to `100`.
+                differentiator, chosen at random. More take longer and reject fewer honest inputs.
+                Defaults to `100`.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -503,11 +538,7 @@ class DifferentiatorEnsemble(keras.Model):
             RuntimeError: `fit` was not called, or votes decide (`mode="vote"`).
             ValueError: The Student answers too few of the images rightly.
         """
-        if self.mode == "vote":
-            raise RuntimeError(
-                'With `mode="vote"` the votes decide, and there is no threshold to set. Make the '
-                "defence with `mode=\"validate\"`. Received: mode='vote'"
-            )
+        self._check_score_decides()
         asked = self.retention if retention is None else check_retention(retention)
         batches = self._batches(x, y, batch_size, labelled=True)
         details, labels = self._explain(batches, verbose)
@@ -517,6 +548,13 @@ class DifferentiatorEnsemble(keras.Model):
         self._calibration.assign([asked, threshold, kept.count, kept.n])
         self.decision = "score"
         return kept
+
+    def _check_score_decides(self) -> None:
+        if self.mode == "vote":
+            raise RuntimeError(
+                'With `mode="vote"` the votes decide, and there is no threshold to set. Make the '
+                "defence with `mode=\"validate\"`. Received: mode='vote'"
+            )
 
     def rekey(self) -> None:
         """Draw a new secret key from the operating system's randomness.
@@ -543,7 +581,11 @@ class DifferentiatorEnsemble(keras.Model):
         return tf.function(partial(self._answer, size=size), input_signature=[spec])
 
     def _answer(self, inputs: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
-        images = tf.cast(inputs, tf.float32)
+        images = tf.ensure_shape(tf.cast(inputs, tf.float32), self._image_spec().shape)
+        count = tf.shape(images)[0]
+        # oneDNN gives convolutions of no images a wrong shape, so there is always one.
+        more = tf.concat([[tf.cast(tf.equal(count, 0), tf.int32)], tf.shape(images)[1:]], axis=0)
+        images = tf.concat([images, tf.zeros(more)], axis=0)
         usable = (images >= LOWEST_PIXEL) & (images <= HIGHEST_PIXEL)
         finite = tf.reduce_all(usable, axis=tuple(range(1, images.shape.rank)))
         safe = tf.clip_by_value(tf.round(tf.where(usable, images, 0)), 0, 255)
@@ -552,21 +594,22 @@ class DifferentiatorEnsemble(keras.Model):
         finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
         student_class = tf.argmax(logits, axis=1, output_type=tf.int32)
 
-        keyed = self.selection == "keyed"
-        numbers = fingerprint(safe) if keyed else fresh_numbers(tf.shape(images)[0])
+        numbers = fingerprint(safe)
+        if self.selection == "random":
+            numbers = tf.bitwise.bitwise_xor(numbers, fresh_numbers(tf.shape(images)[0]))
         members = self._bank.draw(numbers, self._key, student_class, size)
         rows = tf.repeat(tf.range(tf.shape(images)[0]), size)[:, None]
         features = self._bank.body_features(values, rows, tf.reshape(members, [-1]))
         margins = self._bank.margins(features, members, student_class)
         finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
-        disagreements = tf.reduce_sum(tf.cast(~(margins >= 0), tf.int32), axis=1)
-        disagreements = tf.where(finite, disagreements, size)
         score = input_score(margins, self._bank.rivals(values), student_class)
         finite &= tf.math.is_finite(score)
         score = tf.where(finite, score, _LOWEST)
+        margins = tf.where(finite[:, None], margins, _LOWEST)
+        disagreements = tf.reduce_sum(tf.cast(margins <= 0, tf.int32), axis=1)
         calibration = tf.convert_to_tensor(self._calibration)
         accepted = tf.where(
-            tf.equal(self._decision, 1),
+            tf.equal(self._decision, 1) & (self.mode != "vote"),
             finite & (score >= calibration[1]),
             disagreements < self.reject_threshold,
         )
@@ -575,7 +618,7 @@ class DifferentiatorEnsemble(keras.Model):
             open_rows = tf.where(~accepted & finite)
             winner = self._bank.winner(values, tf.cast(open_rows[:, 0], tf.int32))
             answer = tf.tensor_scatter_nd_update(answer, open_rows, winner + 1)
-        return {
+        answers = {
             "answer": answer,
             "accepted": answer > 0,
             "student_class": student_class,
@@ -584,6 +627,7 @@ class DifferentiatorEnsemble(keras.Model):
             "members": members,
             "margins": margins,
         }
+        return {name: values[:count] for name, values in answers.items()}
 
     def predict(self, x: Any, batch_size: int = 32, verbose: int | str = "auto") -> np.ndarray:
         """Answer images.
@@ -618,24 +662,24 @@ class DifferentiatorEnsemble(keras.Model):
             x: Images, as for `predict`.
             batch_size: Images per batch, for arrays.
             verbose: 0 shows no progress bar.
-            ensemble_size: Another number of members than the defence has, to see what it would
-                answer. With `selection="keyed"` the first are the same.
+            ensemble_size: Another number of members than the defence has, `reject_threshold` at
+                least, to see what it would answer. With `selection="keyed"` the first are the same.
 
         Returns:
             Arrays with the images as first dimension: `answer`, as from `predict`; `accepted`;
             `student_class` in `0..K-1`; `disagreements`, number of members that disagree;
             `score`, the members' mean margin (1 is usual for an honest image of the Student's
-            class, -1 for one of another class), plus twice the margin that a pruned reference body
-            gives the Student's class, less 2.25 times the largest that it gives another class;
+            class, -1 for one of another class), plus twice the margin that the references give
+            the Student's class, less 2.25 times the largest that they give another class;
             `members`, `(n, ensemble_size)`, rows of `member_classes`; and `margins`, of the same
-            shape: how surely each takes the image for the Student's class, negative where it
-            disagrees.
+            shape: how surely each takes the image for the Student's class, above 0 where it
+            agrees.
         """
         size = self.ensemble_size
         if ensemble_size is not None:
-            size = check_ensemble_size(ensemble_size, self._roster)
-        if size != self.ensemble_size and self.mode == "vote":
-            check_vote(self.head, self._roster, ensemble_size)
+            size = check_ensemble_size(ensemble_size, self._roster, self.reject_threshold)
+        if self.mode == "vote":
+            check_vote(self.head, self._roster, size, self.reject_threshold)
         return self._explain(self._batches(x, None, batch_size), verbose, size)[0]
 
     def evaluate(
@@ -728,7 +772,7 @@ class DifferentiatorEnsemble(keras.Model):
         """Write a SavedModel for TF Serving, which answers without this library.
 
         Its signature `serving_default` takes float32 images of shape `(batch, H, W, C)` in 0..255
-        and returns what `explain` does, less `members`.
+        and returns what `explain` does, less `members` and `margins`.
 
         Args:
             path: Folder. When its last part is not a version number, the next free one is added.
@@ -745,7 +789,9 @@ class DifferentiatorEnsemble(keras.Model):
         return export_saved_model(self, path, self._image_spec())
 
     def serve(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        """What the exported model answers: `call` without the members, which are secret."""
+        """What the exported model answers: `call` without the members, which are secret, and
+        their margins.
+        """
         answer = self.call(inputs)
         del answer["members"], answer["margins"]
         return answer

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
 _SWAPS = 20  # of each pair of classes, until the draw forgets where it began
-# Noise on the logarithms of distances makes every round gather other groups; the least that does.
-_NOISE = 0.2 * 1.25 ** np.arange(20)
+_NOISE = 0.2  # on the logarithms of distances, so that every round gathers other groups
+_TRIES = 100  # to make a group new that there is already, by changing places with a near class
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,11 @@ class Roster:
         at a time, which leaves the number of everyone's partners as it is.
         """
         steps = list(range(1, self.each // 2 + 1))
-        ring = np.arange(self.classes)
+        ring = rng.permutation(self.classes)
         parts = [np.stack([ring, np.roll(ring, -step)], axis=1) for step in steps]
         if self.each % 2:
-            half = ring[: -(-self.classes // 2)]
-            parts.append(np.stack([half, half + self.classes // 2], axis=1))
+            half = self.classes // 2
+            parts.append(np.stack([ring[: self.classes - half], ring[half:]], axis=1))
         pairs = np.concatenate(parts).tolist()
         known = {frozenset(pair) for pair in pairs}
         chosen = rng.integers(len(pairs), size=(_SWAPS * len(pairs), 2)).tolist()
@@ -93,30 +96,44 @@ class Roster:
         spread = profiles.std(axis=0)
         informative = profiles[:, spread > 0] / spread[spread > 0]
         distances = pdist(informative) if self.alike and informative.size else None
+        starts = [*range(0, self.classes - self.size, self.size), self.classes - self.size]
         found: list[tuple[int, ...]] = []
+        known: set[tuple[int, ...]] = set()
         for _ in range(self.each):
-            best: list[tuple[int, ...]] = []
-            fewest = self.classes
-            for noise in _NOISE:
-                groups = self._round(distances, noise, rng)
-                again = len(set(groups) & set(found))
-                if again < fewest:
-                    best, fewest = groups, again
+            order = self._order(distances, rng)
+            for reach in range(_TRIES):
+                groups = [tuple(sorted(order[s : s + self.size].tolist())) for s in starts]
+                again = [s for s, group in zip(starts, groups, strict=True) if group in known]
                 if not again:
                     break
-            found += best
+                for start in again:
+                    here = start + rng.integers(self.size)
+                    there = here + rng.choice([-1, 1]) * rng.integers(1, self.size + reach + 1)
+                    there %= self.classes
+                    order[[here, there]] = order[[there, here]]
+            found += groups
+            known.update(groups)
         return np.array(found)
 
-    def _round(
-        self, distances: np.ndarray | None, noise: float, rng: np.random.Generator
-    ) -> list[tuple[int, ...]]:
+    def _order(self, distances: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
         if distances is None:
-            order = rng.permutation(self.classes)
-        else:
-            noisy = distances * np.exp(noise * rng.normal(size=len(distances)))
-            order = leaves_list(linkage(noisy, method="average"))
-        starts = [*range(0, self.classes - self.size, self.size), self.classes - self.size]
-        return [tuple(sorted(order[start : start + self.size].tolist())) for start in starts]
+            return rng.permutation(self.classes)
+        distances = np.maximum(distances, 1e-6 * distances.max())
+        noisy = distances * np.exp(_NOISE * rng.normal(size=len(distances)))
+        return np.asarray(leaves_list(linkage(noisy, method="average")))
+
+
+def most_members(classes: int, size: int) -> int:
+    """How many different differentiators of so many classes can know a class."""
+    if size == 2:
+        return classes - 1
+    return comb(classes, size) // -(-classes // size)
+
+
+def pair_number(first: Any, second: Any, classes: int) -> tf.Tensor:
+    """Where `Roster.draw` puts a pair of different classes when it draws all of them."""
+    low, high = tf.minimum(first, second), tf.maximum(first, second)
+    return low * (2 * classes - low - 1) // 2 + high - low - 1
 
 
 def find_members(member_classes: np.ndarray, roster: Roster) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_LEVELS = ("the ratios", "three quarters of the ratios", "half of the ratios")
+from keras_tl_defense.ensemble.bank import LEVELS
 
 
 def describe(defence: Any) -> str:
@@ -27,17 +27,17 @@ def summarise(defence: Any) -> str:
         describe(defence),
         f"  Student   {student.name!r}, {shape} inputs, {student.count_params():,} weights, frozen "
         f"up to {defence.cut!r}",
-        f"  Members   {_members(defence)}",
+        f"  Ensemble  {_differentiators(defence)}",
     ]
     if not defence.adapted:
         ratios = "found by `adapt`" if defence.ratios == "auto" else defence.ratios
         return "\n".join([*lines, f"  Ratios    {ratios}", "  Next      adapt(x_train, y_train)"])
     lines.append(f"  Heads     {defence.head}, at {defence.head_layer!r}")
     for level, rows in defence.sparsity().groupby("level"):
-        lines.append(f"  Pruned    {rows['differentiators'].iloc[0]} members by {_LEVELS[level]}:")
+        share = "" if level == 0 else f", by {LEVELS[level]:.0%} of the ratios"
+        lines.append(f"  Pruned    in {rows['differentiators'].iloc[0]} of them{share}:")
         lines += [
-            f"              {row.layer}: {row.kept:,} of {row.units:,} kept, ratio "
-            f"{defence.ratios[row.layer]:g}"
+            f"              {row.layer}: {row.kept:,} of {row.units:,} kept"
             for row in rows.itertuples()
         ]
     if not defence.ratios:
@@ -54,11 +54,11 @@ def summarise(defence: Any) -> str:
     return "\n".join(lines)
 
 
-def _members(defence: Any) -> str:
+def _differentiators(defence: Any) -> str:
     """Which differentiators there are, and how many check an input."""
     size, each = defence.classes_per_member, defence.members_per_class
     if size > 2:
-        known = f"groups of {size} classes, {each} for each class, by {defence.grouping}"
+        known = f"groups of {size} classes, {each} or more for each class, by {defence.grouping}"
     elif each < defence.classes - 1:
         known = f"pairs of classes, {each} for each class"
     else:

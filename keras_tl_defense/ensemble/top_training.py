@@ -16,9 +16,6 @@ from keras_tl_defense.pruning.ratios import rising_ratio
 
 _RIDGE = 0.1  # of the mean squared length of a centred row
 
-UnitScores = Callable[[int], Arrays]
-"""Maps the number of a differentiator to the scores of its own layers' units."""
-
 
 def tune_tops(
     cut_values: MemberFeatures,
@@ -27,7 +24,7 @@ def tune_tops(
     class_sets: np.ndarray,
     head: HeadKind,
     trainer: TopTrainer,
-    unit_scores: UnitScores,
+    unit_scores: Arrays,
     *,
     rng: np.random.Generator,
     progress: Callable[[int], None],
@@ -41,27 +38,27 @@ def tune_tops(
         class_sets: Int array of shape `(bodies, size)`: their classes.
         head: `"pair"` or `"one_vs_rest"`.
         trainer: Trains one after the other.
-        unit_scores: Says what is pruned first in a differentiator.
+        unit_scores: Scores of the units of each pruned layer, `(bodies, units)`; the lowest go.
         rng: Chooses the images of other classes, and shuffles.
         progress: Called with the number of differentiators that are done since the last call.
 
     Returns:
         Compact weights and kept filters, stacked: the differentiators as first dimension.
     """
-    rows = choose_rows(sample.counts, class_sets, head, rng)
     tops = []
     for number, member in enumerate(members):
-        used = rows.weight[number] > 0
-        unique, index = np.unique(rows.numbers[number, used], return_inverse=True)
+        rows = choose_rows(sample.counts, class_sets[number : number + 1], head, rng)
+        used = rows.weight[0] > 0
+        unique, index = np.unique(rows.numbers[0, used], return_inverse=True)
         values = cut_values(sample.images[unique], int(member))[index]
-        positive = rows.positive[number, used].astype(np.float32)
-        weight = rows.weight[number, used] / rows.weight[number, used].mean()
+        positive = rows.positive[0, used].astype(np.float32)
+        weight = rows.weight[0, used] / rows.weight[0, used].mean()
         tops.append(
             trainer.fit(
                 values.reshape(-1, *trainer.cut_shape),
                 positive,
                 np.broadcast_to(weight[:, None], positive.shape).astype(np.float32),
-                unit_scores(int(member)),
+                {name: scores[number] for name, scores in unit_scores.items()},
                 rng,
             )
         )

@@ -187,25 +187,27 @@ def train_heads(
         rng: Chooses the images of other classes.
         progress: Called with the number of differentiators that are done since the last call.
     """
-    rows = choose_rows(sample.counts, class_sets, head, rng)
-    count = rows.numbers.shape[1]
-    chunk = max(1, min(len(members), _CHUNK_BYTES // (4 * count * width)))
-    features = np.zeros((chunk, count, width), np.float32)
+    most = class_sets.shape[1] * int(sample.counts.max()) + _OTHERS
+    chunk = max(1, min(len(members), _CHUNK_BYTES // (4 * most * width)))
     parts: list[FittedHeads] = []
     for start in range(0, len(members), chunk):
         done = slice(start, start + chunk)
+        rows = choose_rows(sample.counts, class_sets[done], head, rng)
+        weight, positive = rows.weight, rows.positive
+        features = np.zeros((*rows.numbers.shape, width), np.float32)
         for place, member in enumerate(members[done]):
-            unique, index = np.unique(rows.numbers[start + place], return_inverse=True)
+            unique, index = np.unique(rows.numbers[place], return_inverse=True)
             features[place] = member_features(sample.images[unique], int(member))[index]
             progress(1)
-        weight, positive = rows.weight[done], rows.positive[done]
-        heads = fit_heads(features[: len(weight)], positive, weight)
+        heads = fit_heads(features, positive, weight)
         right = (heads.margins > 0) == positive
         error = (heads.margins - np.where(positive, 1, -1)) ** 2
+        # A head of two classes that tells nothing speaks for neither.
+        nothing = (head_count(head, class_sets.shape[1]) == 1) & ~heads.kernel.any(axis=2)
         parts.append(
             FittedHeads(
                 heads.kernel,
-                heads.bias,
+                np.where(nothing, 0, heads.bias).astype(np.float32),
                 _balanced(right, positive, weight),
                 _balanced(error, positive, weight),
             )

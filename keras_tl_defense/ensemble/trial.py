@@ -258,14 +258,14 @@ class Trial:
 
 
 def _scores(margins: list[np.ndarray], answered: np.ndarray) -> np.ndarray:
-    """The score of images, each body taken for a member and the first for the reference, too.
+    """The score of images, each body taken for a member and for a reference, too.
 
     Args:
         margins: Of each body, a float array of shape `(n, classes)`.
         answered: Int array of shape `(n,)`: the classes answered.
     """
     own = [np.take_along_axis(m, answered[:, None], axis=1)[:, 0] for m in margins]
-    return np.asarray(input_score(np.stack(own, axis=1), margins[0], answered))
+    return np.asarray(input_score(np.stack(own, axis=1), np.mean(margins, axis=0), answered))
 
 
 def _prunable(graph: ModelGraph, cut: int) -> list[Block]:

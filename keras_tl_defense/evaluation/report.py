@@ -32,13 +32,19 @@ class DefenceReport:
             `accepted` what it calls "FPR"; in the usual sense of the words they are the opposite.
         details: What `explain` says of the images, by inputs. Of clean images also `right`, whether
             the Student answers the label; of crafted ones `reached`, whether they do to the Student
-            alone what they were made for. Boolean arrays of shape `(n,)`.
+            alone what they were made for, and `succeeded`, to the defence. Boolean arrays of shape
+            `(n,)`.
     """
 
     def __init__(
-        self, table: pd.DataFrame, details: Mapping[str, dict[str, np.ndarray]] | None = None
+        self,
+        table: pd.DataFrame,
+        details: Mapping[str, dict[str, np.ndarray]] | None = None,
+        *,
+        by_score: bool = True,
     ) -> None:
         self.table = table
+        self._by_score = by_score
         self.details = dict(details or {})
 
     def __repr__(self) -> str:
@@ -80,7 +86,13 @@ class DefenceReport:
 
         Raises:
             ValueError: The report has no attack, or the Student answers no clean image rightly.
+            RuntimeError: All pairs vote, and no score decides.
         """
+        if not self._by_score:
+            raise RuntimeError(
+                'With `mode="vote"` no score decides, so there are no thresholds to compare. Make '
+                "the defence with `mode=\"validate\"`. Received: mode='vote'"
+            )
         return RocReport(self.details)
 
     def plot(self) -> Figure:
@@ -139,19 +151,21 @@ def evaluate_defence(
     attacks = check_attacks({} if attacks is None else attacks, defence)
     clean, labels = explain_labelled(defence, x_test, y_test, batch_size, verbose)
     clean["right"] = clean["student_class"] == labels
+    vote = defence.mode == "vote"
     details = {"clean": clean}
     rates = clean_rates(labels, clean["student_class"], clean["answer"])
     rows = [("clean", metric, *astuple(rate)) for metric, rate in rates.items()]
     for name, result in attacks.items():
         crafted = defence.explain(result.adversarial, batch_size=batch_size, verbose=verbose)
         reached, accepted = result.reached(crafted["student_class"]), crafted["accepted"]
-        details[name] = {**crafted, "reached": reached}
+        succeeded = accepted & result.reached(crafted["answer"] - 1)
+        details[name] = {**crafted, "reached": reached, "succeeded": succeeded}
         hits = {
             "undefended_success": reached,
-            "defended_success": reached & accepted,
+            "defended_success": succeeded,
             "accepted": accepted,
         }
         if result.y_source is not None:
             hits["adversarial_accuracy"] = crafted["answer"] - 1 == result.y_source
         rows += [(name, metric, *astuple(Rate.of(hit))) for metric, hit in hits.items()]
-    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details)
+    return DefenceReport(pd.DataFrame(rows, columns=_COLUMNS), details, by_score=not vote)

@@ -48,8 +48,9 @@ class SizesReport:
                 size, color = rows["ensemble_size"], f"C{number}"
                 axes.plot(size, rows["rate"], marker=".", color=color, label=label)
                 axes.fill_between(size, rows["low"], rows["high"], color=color, alpha=0.2)
-            axes.set_title(f"rejected by {threshold} of them")
+            axes.set_title(f"rejected by {threshold} disagreeing")
             axes.set_xlabel("differentiators that check an input")
+            axes.set_xlim(shown["ensemble_size"].min() - 0.5, shown["ensemble_size"].max() + 0.5)
             axes.set_ylim(0, 1.02)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
@@ -92,7 +93,7 @@ def evaluate_ensemble_sizes(
         The rates, with a plot.
 
     Raises:
-        TypeError: Attacks are not given as results by name.
+        TypeError: Attacks are not given as results by name, or sizes as several integers.
         ValueError: No size is left, an attack does not fit the defence, or all pairs vote.
 
     Example:
@@ -112,13 +113,14 @@ def evaluate_ensemble_sizes(
         )
     attacks = check_attacks({} if attacks is None else attacks, defence)
     known = defence.members_per_class
-    tried = sorted({check_integer("sizes", size, 1) for size in sizes} & set(range(1, known + 1)))
-    if not tried:
+    asked, needed = _integers("sizes", sizes), _integers("thresholds", thresholds)
+    tried = [size for size in asked if size <= known]
+    if not tried or not needed or needed[0] > tried[-1]:
         raise ValueError(
-            f"No size is left: {known} differentiators know a class. Give smaller `sizes`. "
-            f"Received: sizes={sizes!r}"
+            f"No size is left: {known} differentiators know a class, and a size below its "
+            "threshold rejects nothing. Give other `sizes` or `thresholds`. "
+            f"Received: sizes={asked}, thresholds={needed}"
         )
-    needed = [check_integer("thresholds", threshold, 1) for threshold in thresholds]
     options = {"ensemble_size": tried[-1]}
     clean, labels = explain_labelled(defence, x_test, y_test, batch_size, verbose, **options)
     right = clean["student_class"] == labels
@@ -148,6 +150,15 @@ def evaluate_ensemble_sizes(
     return SizesReport(pd.DataFrame(rows, columns=columns))
 
 
+def _integers(name: str, values: Any) -> list[int]:
+    """Different integers of at least 1, in ascending order."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(
+            f"`{name}` must be several integers, as range(1, 16). Received: {name}={values!r}"
+        )
+    return sorted({check_integer(name, value, 1) for value in values})
+
+
 def _accepted(details: Mapping[str, np.ndarray], size: int, threshold: int) -> np.ndarray:
     """Which inputs fewer than `threshold` of the first `size` members reject."""
-    return np.asarray(np.sum(~(details["margins"][:, :size] >= 0), axis=1) < threshold)
+    return np.asarray(np.sum(details["margins"][:, :size] <= 0, axis=1) < threshold)
