@@ -353,7 +353,7 @@ class DifferentiatorBank(keras.layers.Layer):
             tell nothing.
         """
         flat = tf.reshape(members, [-1])
-        if classes.shape.rank == 1:
+        if len(classes.shape) == 1:
             classes = classes[:, None]
         own = tf.equal(tf.gather(self._member_classes, members), classes[..., None])
         own = tf.reshape(own, (-1, self._roster.size))
