@@ -87,8 +87,8 @@ def test_every_figure(defence: Any, images: Images, results: dict[str, AttackRes
     assert away.any()
     extra = {
         "clean": {"right": right},
-        "targeted": {"reached": hit},
-        "untargeted": {"reached": away},
+        "targeted": {"reached": hit, "succeeded": hit & taken},
+        "untargeted": {"reached": away, "succeeded": away & taken},
     }
     assert set(report.details) == set(extra)
     for inputs, answers in report.details.items():
