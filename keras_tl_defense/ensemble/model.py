@@ -851,7 +851,8 @@ class DifferentiatorEnsemble(keras.Model):
         answer = self._answer_graph(members)
         bar = keras.utils.Progbar(batches.count, verbose=0 if verbose == 0 else 1)
         parts, labels = [], []
-        size = max(1, self._bank.rows_at_once(_ANSWER_BYTES) // members)
+        rows = max(members, len(self._bank.references))  # of an image
+        size = max(1, self._bank.rows_at_once(_ANSWER_BYTES) // rows)
         for images, label in batches:
             for start in range(0, len(images), size):
                 part = images[start : start + size].astype(np.float32)
