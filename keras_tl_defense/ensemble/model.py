@@ -64,8 +64,8 @@ class DifferentiatorEnsemble(keras.Model):
     where these are missing. For each input the Student answers a class, and `ensemble_size`
     differentiators that know this class are drawn by a keyed hash of the input. When
     `reject_threshold` of them disagree, the answer is 0, rejected; else it is the Student's class
-    plus one. After `calibrate` a score decides instead: how sure they are,
-    and how sure four *references* are, more pruned bodies with a head for every class.
+    plus one. After `calibrate` a score decides instead: how sure they are, and how sure four
+    *references* are (one without `jitter`), more pruned bodies with a head for every class.
 
     Images are in 0..255. The Student's layers are shared, not copied: train it before, not after.
 
