@@ -61,8 +61,8 @@ def check_masked(defence: Any, x: np.ndarray) -> None:
     (tensor,) = bank.needs
     x = x[:3].astype(np.float32)
     member = bank.count - 1
-    mask, removed, start = bank.filter_mask(member), {}, 0
-    for block in bank.blocks:
+    mask, removed, start = bank.masks.filter_mask(member), {}, 0
+    for block in bank.masks.blocks:
         if block.kind == "filters":
             removed[block.name] = np.flatnonzero(~mask[start : start + block.units])
             start += block.units
@@ -82,10 +82,10 @@ def check_sparsity(defence: Any) -> None:
     """Every mask has as many filters as its level says, to one."""
     bank = defence.get_layer("differentiators")
     shares = [(1, 1), (3, 4), (1, 2)]  # of the ratio, at each level
-    for member, level in enumerate([*np.array(bank.levels), 0]):  # the last is the reference
-        mask, start = bank.filter_mask(member), 0
+    for member, level in enumerate(np.array(bank.masks.levels)):  # the last are the references
+        mask, start = bank.masks.filter_mask(member), 0
         over, under = shares[level]
-        for block in bank.blocks:
+        for block in bank.masks.blocks:
             gone = np.sum(~mask[start : start + block.units])
             assert gone == block.units * over // (2 * under)
             start += block.units

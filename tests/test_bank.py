@@ -78,13 +78,13 @@ def test_a_loaded_defence_keeps_its_noise(student: Any, images: Images, tmp_path
     defence.adapt(images.x_train, images.y_train, verbose=0)
     defence.save(tmp_path / "defence.keras")
     loaded = keras.models.load_model(tmp_path / "defence.keras")
-    layer = loaded.get_layer("differentiators")
+    masks = loaded.get_layer("differentiators").masks
     before = weights_of(defence)
-    layer.set_level(np.arange(len(PAIRS)), 2)
+    masks.set_level(np.arange(len(PAIRS)), 2)
     gentle = weights_of(loaded)["filter_masks"]
     assert (gentle[:15].sum(axis=1) == 8 - 2 + 10 - 2).all()
     assert (gentle | ~before["filter_masks"]).all()  # what was kept is kept
-    layer.set_level(np.arange(len(PAIRS)), 0)
+    masks.set_level(np.arange(len(PAIRS)), 0)
     np.testing.assert_array_equal(weights_of(loaded)["filter_masks"], before["filter_masks"])
 
 
@@ -106,7 +106,7 @@ def test_classes_that_cannot_be_told_apart_are_pruned_more_gently(
         history = defence.fit(twins.x_train, twins.y_train, verbose=0).history
     assert len(history["loss"]) == len(history["accuracy"]) == 3
     weights = weights_of(defence)
-    levels, kept = weights["levels"], weights["filter_masks"]
+    levels, kept = weights["levels"][:15], weights["filter_masks"]
     assert defence.member_classes[0].tolist() == [0, 1]
     assert levels[0] == 2
     alike = (defence.member_classes < 2).any(axis=1)
@@ -122,6 +122,7 @@ def test_classes_that_cannot_be_told_apart_are_pruned_more_gently(
         part = kept[:, :8] if row.layer == "conv1" else kept[:, 8:]
         assert (part[:15][levels == row.level].sum(axis=1) == row.kept).all()
     assert (kept[15:].sum(axis=1) == 9).all()  # references are never gentler
+    assert not weights["levels"][15:].any()
     defence.adapt(twins.x_train, twins.y_train, verbose=0)
     assert not weights_of(defence)["levels"].any()
 
@@ -153,7 +154,7 @@ def test_layers_that_heads_cannot_read(student: Any) -> None:
 
 
 def test_too_many_heads_are_refused(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 15 * 2 * 4 * 20
+    size = (15 * 2 + 4 * CLASSES) * 4 * 20  # and the references
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size)
     ktd.DifferentiatorEnsemble(student, 0.5)
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size - 1)

@@ -191,7 +191,7 @@ def test_sparsity_is_exact_for_every_differentiator(dense_defence: Any, student:
     table = dense_defence.sparsity()
     assert list(table.columns) == ["level", "differentiators", "layer", "units", "kept"]
     weights = weights_of(dense_defence)
-    masks, levels = weights["filter_masks"], weights["levels"]
+    masks, levels = weights["filter_masks"], weights["levels"][:15]
     assert masks.shape == (15 + 4, 18)
     assert len(table) == 3 * len(np.unique(levels))
     for row in table.itertuples():

@@ -1,23 +1,23 @@
-"""All differentiators of a Student, stacked: masks, thresholds and heads as a few weights.
+"""All differentiators of a Student, stacked: masks, heads and own layers as a few weights.
 
-Nothing here is of the Student's size. A differentiator is a row in each weight. A few more rows are
-the *references*: bodies pruned by the activations of all classes together, under a head for each
-class, which say what else an image may be. They differ by their jitter, and their margins are
+Nothing here is of the Student's size. A differentiator is a row in each weight. A few more bodies
+are the *references*: pruned by the activations of all classes together, under a head for each
+class, they say what else an image may be. They differ by their jitter, and their margins are
 averaged: what one of them believes because of the filters that it happens to have, others do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.blocks import Block, find_blocks
+from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
+from keras_tl_defense.ensemble.mask_bank import LEVELS, MaskBank, assign_rows
 from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.roster import Roster, find_members, pair_number
 from keras_tl_defense.ensemble.selection import draw
@@ -25,21 +25,8 @@ from keras_tl_defense.ensemble.tops import OwnTop
 from keras_tl_defense.ensemble.training import HeadKind, head_count
 from keras_tl_defense.ensemble.voting import find_winner
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.pruning.masks import (
-    class_set_scores,
-    connection_thresholds,
-    exact,
-    filter_masks,
-    pruned_count,
-)
-
-LEVELS = (1.0, 0.75, 0.5)
-"""Shares of the common ratios; a differentiator that they leave too little takes the next."""
 
 _REFERENCES = 4  # one where nothing makes them differ
-# How much the references' margin of the Student's class counts, and their largest of another.
-_OWN, _OTHER = 2.0, 2.25
-
 _TOO_MANY_BYTES = 8 << 30
 
 
@@ -78,51 +65,35 @@ class DifferentiatorBank(keras.layers.Layer):
     ) -> None:
         super().__init__(trainable=False, **kwargs)
         blocks = [b.checked() for b in find_blocks(graph, before=tensor) if b.name in ratios]
-        self._layout = _Layout(blocks, ratios)
         self._graph = graph
         self._body = MaskedBody(graph, tensor, blocks)
         self.needs = (tensor,)
         self._roster, self._head = roster, head
-        self._jitter = jitter
         self.top = top
-        self.features = _feature_count(graph, tensor) if top is None else top.features
+        width = _feature_count(graph, tensor)
+        self.features = width if top is None else top.features
         count, classes, heads = roster.count, roster.classes, head_count(head, roster.size)
-        _check_size(count, heads, self.features, top)
+        _check_size(roster, heads, self.features, width, top)
         self.count = count
-        self.references = count + np.arange(_REFERENCES if jitter and self._layout.filters else 1)
-        bodies = count + len(self.references)
-        add = self.add_weight
-        self._member_classes = add(
-            name="member_classes", shape=(count, roster.size), dtype="int32", initializer="zeros"
+        differ = jitter and any(block.kind == "filters" for block in blocks)
+        self.references = count + np.arange(_REFERENCES if differ else 1)
+        self.masks = MaskBank(
+            blocks,
+            [] if top is None else top.blocks,
+            ratios,
+            classes=classes,
+            bodies=count + len(self.references),
+            size=roster.size,
+            jitter=jitter,
+            name="masks",
         )
+        add = self.add_weight
         self._members_of = add(
             name="members_of", shape=(classes, roster.most), dtype="int32", initializer="zeros"
         )
         self._known_by = add(name="known_by", shape=(classes,), dtype="int32", initializer="zeros")
-        filters = sum(block.units for block in self._layout.filters)
-        self.filter_masks = add(
-            name="filter_masks", shape=(bodies, filters), dtype="bool", initializer="ones"
-        )
-        self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
-        self.levels = add(name="levels", shape=(count,), dtype="int32", initializer="zeros")
-        self._activations, self._thresholds, self._ties = {}, {}, {}
-        for number, block in enumerate(self._layout.scored(top)):
-            suffix = f"_{number}"
-            self._activations[block.name] = add(
-                name="activations" + suffix,
-                shape=(classes + 1, block.units),  # of every class, and the largest of all
-                initializer="zeros",
-            )
-            if block.kind == "connections" and block.name in self._layout.by_name:
-                self._thresholds[block.name] = add(
-                    name="thresholds" + suffix, shape=(bodies,), initializer="zeros"
-                )
-                self._ties[block.name] = add(
-                    name="ties" + suffix, shape=(bodies,), dtype="int64", initializer="zeros"
-                )
         self.kernel = add(name="kernel", shape=(count, heads, self.features), initializer="zeros")
         self.bias = add(name="bias", shape=(count, heads), initializer="zeros")
-        width = _feature_count(graph, tensor)
         stacked = (len(self.references), width, classes)
         self.rival_kernel = add(name="rival_kernel", shape=stacked, initializer="zeros")
         self.rival_bias = add(name="rival_bias", shape=stacked[::2], initializer="zeros")
@@ -158,82 +129,25 @@ class DifferentiatorBank(keras.layers.Layer):
         nothing = np.zeros((roster.classes, 0))
         drawn = roster.draw(np.concatenate([nothing, *activations.values()], axis=1), rng)
         members_of, known_by = find_members(drawn, roster)
-        self._member_classes.assign(drawn)
         self._members_of.assign(members_of)
         self._known_by.assign(known_by)
-        for name, weight in self._activations.items():
-            means = activations[name]
-            weight.assign(np.concatenate([means, means.max(axis=0, keepdims=True)]))
-        self.jitter_seed.assign(jitter_seed)
-        self.set_level(np.arange(self.count), 0)
-        self._set_masks(self.references, np.full((len(self.references), 1), roster.classes), 0)
-
-    def set_level(self, members: np.ndarray, level: int) -> None:
-        """Prune some differentiators by `LEVELS[level]` of the ratios.
-
-        Args:
-            members: Int array of shape `(n,)`: their numbers.
-            level: A position in `LEVELS`.
-        """
-        self.levels.assign(_replaced(self.levels, members, level))
-        self._set_masks(members, self.member_classes[members], level)
+        every = np.full((len(self.references), roster.size), roster.classes)
+        self.masks.prune(activations, np.concatenate([drawn, every]), jitter_seed)
 
     @property
     def member_classes(self) -> np.ndarray:
         """The classes that each differentiator knows, int array of shape `(count, size)`."""
-        return np.array(self._member_classes)
-
-    def _set_masks(self, members: np.ndarray, class_sets: np.ndarray, level: int) -> None:
-        layout = self._layout
-        masks = []
-        for number, block in enumerate(layout.blocks):
-            ratio = level_ratio(layout.ratios[block.name], level)
-            scores = self._scores(number, block, members, class_sets)
-            if block.kind == "filters":
-                masks.append(filter_masks(scores, ratio))
-                continue
-            kernel = np.array(block.step.layer.kernel)
-            found = connection_thresholds(kernel, scores, ratio)
-            for weight, values in zip((self._thresholds, self._ties), found, strict=True):
-                weight[block.name].assign(_replaced(weight[block.name], members, values))
-        if masks:
-            whole = np.concatenate(masks, axis=1)
-            self.filter_masks.assign(_replaced(self.filter_masks, members, whole))
-
-    def own_scores(self, members: np.ndarray) -> dict[str, np.ndarray]:
-        """Score of each unit of differentiators' own layers, `(members, units)` of each layer."""
-        own = [] if self.top is None else self.top.blocks
-        return {
-            block.name: self._scores(number, block, members, self.member_classes[members])
-            for number, block in enumerate(own, len(self._layout.blocks))
-        }
-
-    def _scores(
-        self, number: int, block: Block, members: np.ndarray, class_sets: np.ndarray
-    ) -> np.ndarray:
-        """Scores of a layer's units, `(members, units)`; those of filters with jitter."""
-        means = np.array(self._activations[block.name])
-        scores = class_set_scores(means, class_sets)
-        if block.kind == "connections":
-            return scores
-        seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
-        noise = np.random.default_rng(seed).normal(size=(self.references[-1] + 1, block.units))
-        return scores * np.exp(self._jitter * noise[members])
+        return np.array(self.masks.class_sets)[: self.count]
 
     @property
     def all_pairs(self) -> bool:
         """Whether every two classes have a differentiator, which is no secret."""
         return self._roster.size == 2 and self._roster.each == self._roster.classes - 1
 
-    @property
-    def blocks(self) -> list[Block]:
-        """The pruned layers of the body."""
-        return list(self._layout.blocks)
-
     def set_heads(self, members: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> None:
         """Set the heads of some differentiators, arrays of their number as first dimension."""
-        self.kernel.assign(_replaced(self.kernel, members, kernel))
-        self.bias.assign(_replaced(self.bias, members, bias))
+        assign_rows(self.kernel, members, kernel)
+        assign_rows(self.bias, members, bias)
 
     def set_tops(
         self, members: np.ndarray, weights: dict[str, np.ndarray], kept: dict[str, np.ndarray]
@@ -241,7 +155,7 @@ class DifferentiatorBank(keras.layers.Layer):
         """Set the own layers of some differentiators, as `tune_tops` returns them."""
         for stacks, arrays in ((self._top_weights, weights), (self._top_kept, kept)):
             for name, array in arrays.items():
-                stacks[name].assign(_replaced(stacks[name], members, array))
+                assign_rows(stacks[name], members, array)
 
     def set_rivals(self, kernel: np.ndarray, bias: np.ndarray) -> None:
         """Set the references' heads, `(references, features, classes)` and `(…, classes)`."""
@@ -253,16 +167,13 @@ class DifferentiatorBank(keras.layers.Layer):
 
         A unit is a filter or a connection.
         """
-        rows = []
-        counts = np.bincount(np.array(self.levels), minlength=len(LEVELS))
-        for level in np.flatnonzero(counts):
-            for block in self._layout.blocks:
-                ratio = level_ratio(self._layout.ratios[block.name], int(level))
-                kept = block.size - pruned_count(ratio, block.size)
-                rows.append((int(level), int(counts[level]), block.name, block.size, kept))
-            if self.top is not None:
-                rows.extend((int(level), int(counts[level]), *row) for row in self.top.kept())
-        return rows
+        counts = np.bincount(np.array(self.masks.levels)[: self.count], minlength=len(LEVELS))
+        own = [] if self.top is None else self.top.kept()
+        return [
+            (int(level), int(counts[level]), *row)
+            for level in np.flatnonzero(counts)
+            for row in [*self.masks.kept(int(level)), *own]
+        ]
 
     def draw(
         self, numbers: tf.Tensor, key: tf.Tensor, student_class: tf.Tensor, size: int
@@ -313,18 +224,15 @@ class DifferentiatorBank(keras.layers.Layer):
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
     ) -> tf.Tensor:
         """The frozen body under the masks of differentiators; see `MaskedBody`."""
-        masks = tf.convert_to_tensor(self.filter_masks)
-        return self._body(values, rows, members, masks, self._connection_mask)
+        filters = tf.convert_to_tensor(self.masks.filters)
+        return self._body(values, rows, members, filters, self.masks.connection_mask)
 
     def compact_body(self, preprocessing: Any) -> CompactBody:
         """The frozen body of one differentiator at a time, from images."""
+        masks = self.masks
         return CompactBody(
-            self._graph, self.needs[0], self._layout.blocks, preprocessing, self._connection_mask
+            self._graph, self.needs[0], masks.blocks, preprocessing, masks.connection_mask
         )
-
-    def filter_mask(self, member: int) -> np.ndarray:
-        """Which filters a differentiator, or a reference, keeps: boolean, `(filters,)`."""
-        return np.asarray(tf.convert_to_tensor(self.filter_masks)[member])
 
     def own_features(self, values: tf.Tensor, member: tf.Tensor) -> tf.Tensor:
         """What the heads read, of what `compact_body` gives, under layers of its own."""
@@ -355,7 +263,7 @@ class DifferentiatorBank(keras.layers.Layer):
         flat = tf.reshape(members, [-1])
         if len(classes.shape) == 1:
             classes = classes[:, None]
-        own = tf.equal(tf.gather(self._member_classes, members), classes[..., None])
+        own = tf.equal(tf.gather(self.masks.class_sets, members), classes[..., None])
         own = tf.reshape(own, (-1, self._roster.size))
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
         features = tf.cast(features, kernel.dtype)
@@ -391,58 +299,6 @@ class DifferentiatorBank(keras.layers.Layer):
         margins = tf.linalg.matmul(features, kernel) + self.rival_bias[:, None]
         return tf.reduce_mean(margins, axis=0)
 
-    def _connection_mask(self, name: str, member: tf.Tensor) -> tf.Tensor:
-        """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
-        means = tf.convert_to_tensor(self._activations[name])
-        known = tf.gather(self._member_classes, tf.minimum(member, self.count - 1))
-        known = tf.where(member < self.count, known, self._roster.classes)
-        unit_scores = tf.reduce_max(tf.gather(means, known), axis=0)
-        kernel = tf.convert_to_tensor(self._layout.by_name[name].step.layer.kernel)
-        score = tf.abs(kernel) * unit_scores[:, None]
-        index = tf.reshape(tf.range(tf.size(score, tf.int64), dtype=tf.int64), tf.shape(score))
-        threshold = tf.gather(self._thresholds[name], member)
-        tie = tf.gather(self._ties[name], member)
-        return (score > threshold) | (tf.equal(score, threshold) & (index > tie))
-
-
-def input_score(margins: tf.Tensor, rivals: tf.Tensor, student_class: tf.Tensor) -> tf.Tensor:
-    """How sure the differentiators are that an image is what the Student says.
-
-    The members' mean margin, plus 2 times the references' margin of the Student's class, less 2.25
-    times their largest margin of another class. An honest image of the class has about 4.
-
-    Args:
-        margins: Float tensor of shape `(batch, k)`, of the members.
-        rivals: Float tensor of shape `(batch, classes)`, of the references, averaged.
-        student_class: Int tensor of shape `(batch,)`.
-
-    Returns:
-        Float tensor of shape `(batch,)`.
-    """
-    own = tf.one_hot(student_class, rivals.shape[1], on_value=True, off_value=False)
-    other = tf.reduce_max(tf.where(own, tf.float32.min, rivals), axis=1)
-    own_margin = tf.gather(rivals, student_class, batch_dims=1)
-    return tf.reduce_mean(margins, axis=1) + _OWN * own_margin - _OTHER * other
-
-
-def level_ratio(ratio: float, level: int) -> Fraction:
-    """What is left of a common ratio at a level, exactly."""
-    return exact(LEVELS[level]) * exact(ratio)
-
-
-class _Layout:
-    """The pruned layers, by kind and name. A plain object, so that Keras tracks no layer twice."""
-
-    def __init__(self, blocks: list[Any], ratios: dict[str, float]) -> None:
-        self.blocks = blocks
-        self.ratios = ratios
-        self.filters = [block for block in blocks if block.kind == "filters"]
-        self.by_name = {block.name: block for block in blocks}
-
-    def scored(self, top: OwnTop | None) -> list[Block]:
-        """The pruned layers of the body, then those that each differentiator has of its own."""
-        return [*self.blocks, *([] if top is None else top.blocks)]
-
 
 def _feature_count(graph: ModelGraph, cut: int) -> int:
     shape = graph.shapes[cut][1:]
@@ -456,21 +312,16 @@ def _feature_count(graph: ModelGraph, cut: int) -> int:
     return int(count)
 
 
-def _replaced(weight: Any, rows: np.ndarray, values: Any) -> np.ndarray:
-    """The weight's values with some rows replaced."""
-    array = np.array(weight)
-    array[rows] = values
-    return array
-
-
 def most_features(roster: Roster, head: HeadKind) -> int:
     """How many features the heads of so many differentiators may read."""
-    return _TOO_MANY_BYTES // (4 * head_count(head, roster.size) * roster.count)
+    heads = head_count(head, roster.size) * roster.count
+    return _TOO_MANY_BYTES // (4 * (heads + _REFERENCES * roster.classes))
 
 
-def _check_size(count: int, heads: int, features: int, top: OwnTop | None) -> None:
+def _check_size(roster: Roster, heads: int, features: int, width: int, top: OwnTop | None) -> None:
+    count = roster.count
     own = 0 if top is None else top.bytes_per_differentiator
-    size = count * (4 * heads * features + own)
+    size = count * (4 * heads * features + own) + 4 * _REFERENCES * roster.classes * width
     if size <= _TOO_MANY_BYTES:
         return
     remedy = (
@@ -483,7 +334,8 @@ def _check_size(count: int, heads: int, features: int, top: OwnTop | None) -> No
             'Student with `tune="head"`, or prune them harder.'
         )
     raise ValueError(
-        f"The {count} differentiators would take {size / 2**30:.1f} GiB, "
+        f"The {count} differentiators and the references would take "
+        f"{size / 2**30:.1f} GiB, "
         f"with {heads} heads of {features} features and {own / 2**20:.1f} MiB of layers of its "
         f"own each. {remedy} Received: {count} differentiators"
     )

@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.ensemble.bank import LEVELS, DifferentiatorBank
+from keras_tl_defense.ensemble.bank import DifferentiatorBank
+from keras_tl_defense.ensemble.mask_bank import LEVELS
 from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
 from keras_tl_defense.ensemble.training import ClassImages, HeadKind, train_heads, train_rivals
 
@@ -64,7 +65,7 @@ def fit_differentiators(
         )
 
     def body_values(images: np.ndarray, member: int) -> np.ndarray:
-        return body(images, bank.filter_mask(member), member)
+        return body(images, bank.masks.filter_mask(member), member)
 
     def features(images: np.ndarray, member: int) -> np.ndarray:
         values = body_values(images, member)
@@ -74,7 +75,7 @@ def fit_differentiators(
     loss, accuracy = np.zeros((2, len(members)))
     history: dict[str, list[float]] = {"loss": [], "accuracy": []}
     for level in range(len(LEVELS)):
-        bank.set_level(members, level)
+        bank.masks.set_level(members, level)
         bar = keras.utils.Progbar(
             len(members) * (2 if trainer else 1),
             verbose=0 if verbose == 0 else 1,
@@ -83,7 +84,7 @@ def fit_differentiators(
         options: dict[str, Any] = {"rng": rng, "progress": bar.add}
         class_sets = known[members]
         if trainer is not None:
-            scores = bank.own_scores(members)
+            scores = bank.masks.own_scores(members)
             tops = tune_tops(
                 body_values, own, members, class_sets, head, trainer, scores, **options
             )
@@ -94,7 +95,7 @@ def fit_differentiators(
         history["loss"].append(float(loss.mean()))
         history["accuracy"].append(float(accuracy.mean()))
         members = np.flatnonzero(accuracy < _FLOOR)
-        if not len(members) or not bank.blocks:
+        if not len(members) or not bank.masks.blocks:
             break
     if len(members):
         # Which classes a differentiator knows may be a secret.

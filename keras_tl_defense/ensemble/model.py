@@ -32,9 +32,10 @@ from keras_tl_defense.ensemble.arguments import (
     penultimate,
     serialize_preprocessing,
 )
-from keras_tl_defense.ensemble.bank import DifferentiatorBank, input_score, most_features
+from keras_tl_defense.ensemble.bank import DifferentiatorBank, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
+from keras_tl_defense.ensemble.score import input_score
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import fingerprint, fresh_numbers, new_key
 from keras_tl_defense.ensemble.summary import describe, summarise
@@ -273,7 +274,9 @@ class DifferentiatorEnsemble(keras.Model):
         self.built = True
 
     def __repr__(self) -> str:
-        return describe(self) if hasattr(self, "_roster") else super().__repr__()
+        # In a graph, where TensorFlow may want the name for a message, no weight can be read.
+        known = hasattr(self, "_calibration") and tf.executing_eagerly()
+        return describe(self) if known else super().__repr__()
 
     def summary(self, print_fn: Callable[[str], Any] | None = None, **options: Any) -> None:
         """Say what the defence is made of: Student, members, heads, ratios, decision.
@@ -412,7 +415,7 @@ class DifferentiatorEnsemble(keras.Model):
             self._make_bank(ratios, found.head_layer)
             self.search_history = found.history
         activations: dict[str, np.ndarray] = {}
-        parts = [(self._bank.blocks, self.head_layer)]
+        parts = [(self._bank.masks.blocks, self.head_layer)]
         if self._bank.top is not None:
             parts.append((self._bank.top.blocks, None))
         for blocks, end in parts:

@@ -108,7 +108,8 @@ class Roster:
                     break
                 for start in again:
                     here = start + rng.integers(self.size)
-                    there = here + rng.choice([-1, 1]) * rng.integers(1, self.size + reach + 1)
+                    beyond = rng.integers(min(reach + 1, self.classes - self.size))
+                    there = start + self.size + beyond if rng.integers(2) else start - 1 - beyond
                     there %= self.classes
                     order[[here, there]] = order[[there, here]]
             found += groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras_tl_defense.ensemble.bank import LEVELS
+from keras_tl_defense.ensemble.mask_bank import LEVELS
 
 
 def describe(defence: Any) -> str:

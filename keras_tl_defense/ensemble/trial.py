@@ -17,9 +17,9 @@ from keras_tl_defense.attacks import MimicryAttack, plan_attacks
 from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.channels import channel_sources
 from keras_tl_defense.data import Batches
-from keras_tl_defense.ensemble.bank import input_score
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.heads import fit_heads
+from keras_tl_defense.ensemble.score import input_score
 from keras_tl_defense.ensemble.training import ClassImages
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Auroc
