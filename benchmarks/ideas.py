@@ -10,13 +10,11 @@ Prints, for each idea, the AUROC and the crafted images accepted at a retention 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from students import Case, load_attacks, load_case
+from students import Case, load_attacks, load_case, parser
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -214,12 +212,7 @@ def ideas(name: str) -> dict[str, Setting]:
 
 def main() -> None:
     """Print a table for each Student."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--students", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--attacks", type=int, default=100)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, SETTINGS, attacks=100).parse_args()
     for name in arguments.students:
         case = load_case(name, arguments.data, arguments.cache)
         attacks = load_attacks(case, arguments.cache, arguments.attacks, part="val")

@@ -11,7 +11,6 @@ Student. Finished rows are kept in `CACHE` and made again when the library chang
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 from protection import cell, decisions, row_path
-from students import CASES, Case, load_attacks, load_case
+from students import CASES, Case, load_attacks, load_case, parser
 
 import keras_tl_defense as ktd
 from keras_tl_defense.evaluation import evaluate_ensemble_sizes
@@ -41,6 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "10 for each class, random selection": {"members_per_class": 10, "selection": "random"},
 }
+STUDENTS = [name for name in CASES if name != "lfw-mobilenet"]
 KINDS = ("targeted", "non-targeted")
 
 
@@ -96,14 +96,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def main() -> None:
     """Measure what is not in the cache yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cache", type=Path)
-    students = [name for name in CASES if name != "lfw-mobilenet"]
-    parser.add_argument("--students", nargs="+", choices=CASES, default=students)
-    parser.add_argument("--attacks", type=int, default=300)
-    parser.add_argument("--only", default="", help="measure rows whose name contains this")
-    arguments = parser.parse_args()
+    given = parser(__doc__, STUDENTS)
+    given.add_argument("--only", default="", help="measure rows whose name contains this")
+    arguments = given.parse_args()
     cache = arguments.cache
     place = partial(row_path, cache, attacks=arguments.attacks)
     for name in arguments.students:

@@ -11,7 +11,6 @@ to `CACHE`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 from functools import partial
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 from scipy.ndimage import median_filter
-from students import CASES, Case, load_attacks, load_case
+from students import CASES, Case, load_attacks, load_case, parser
 
 import keras_tl_defense as ktd
 from keras_tl_defense.attacks import AttackResult
@@ -208,13 +207,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def main() -> None:
     """Measure what is not in the cache yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--students", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--attacks", type=int, default=300)
-    parser.add_argument("--only", default="", help="measure defences whose name contains this")
-    arguments = parser.parse_args()
+    given = parser(__doc__)
+    given.add_argument("--only", default="", help="measure defences whose name contains this")
+    arguments = given.parse_args()
     place = partial(row_path, arguments.cache, attacks=arguments.attacks)
     for name in arguments.students:
         case = load_case(name, arguments.data, arguments.cache)
@@ -225,7 +220,7 @@ def main() -> None:
                 continue
             if options.get("ratios") == "found":
                 if not place(name, AUTO).exists():
-                    parser.error(f"Measure {AUTO!r} first, which searches the ratios")
+                    given.error(f"Measure {AUTO!r} first, which searches the ratios")
                 known = pd.read_json(place(name, AUTO)).iloc[0]
                 ratios = {} if options.pop("unpruned", False) else known["ratios"]
                 options |= {"ratios": ratios, "head_layer": known["head layer"]}

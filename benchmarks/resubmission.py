@@ -10,12 +10,9 @@ are those of `members.py`.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from members import searched
-from students import CASES, load_attacks, load_case
+from members import STUDENTS, searched
+from students import load_attacks, load_case, parser
 
 import keras_tl_defense as ktd
 
@@ -32,13 +29,7 @@ def nudge(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     """Print a row for each Student, selection, decision and kind of attack."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cache", type=Path)
-    students = [name for name in CASES if name != "lfw-mobilenet"]
-    parser.add_argument("--students", nargs="+", choices=CASES, default=students)
-    parser.add_argument("--attacks", type=int, default=300)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, STUDENTS).parse_args()
     tries = " | ".join(f"{count} tries" for count in TRIES)
     print(f"| Student | selection | sent | attack | decision | {tries} |")
     print("|---" * (5 + len(TRIES)) + "|", flush=True)

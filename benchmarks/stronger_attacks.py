@@ -10,23 +10,16 @@ steps instead of 600, and with twice the DSSIM budget. `DATA` and `CACHE` are as
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-from students import CASES, load_attacks, load_case
+from students import load_attacks, load_case, parser
 
 import keras_tl_defense as ktd
 
 
 def main() -> None:
     """Print a row for each attack."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--students", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--attacks", type=int, default=100)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, attacks=100).parse_args()
     print("| Student | attack | kind | undefended | defended, votes | defended, calibrated |")
     print("|---|---|---|---|---|---|", flush=True)
     for name in arguments.students:

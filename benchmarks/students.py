@@ -5,6 +5,8 @@ What is made is kept in a folder: Students as Keras files, crafted images as `.n
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,21 @@ def _augmented(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     contrast, shift = rng.uniform(0.6, 1.4, (2, len(x), 1, 1, 1)).astype(np.float32)
     mean = out.mean(axis=(1, 2, 3), keepdims=True)
     return np.asarray(np.clip((out - mean) * contrast + mean * shift, 0, 255))
+
+
+def parser(
+    module: str | None, students: Iterable[str] | None = None, attacks: int = 300
+) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks share.
+
+    Args:
+        module: Docstring of the benchmark, whose first line becomes the help.
+        students: Names of Students that are measured by default. Defaults to all.
+        attacks: How many of each kind are made by default.
+    """
+    made = argparse.ArgumentParser(description=(module or "").split("\n")[0])
+    made.add_argument("data", type=Path, help="folder with gtsrb32.npz, lfw64.npz and the Teachers")
+    made.add_argument("cache", type=Path, help="folder for Students, crafted images and results")
+    made.add_argument("--students", nargs="+", choices=CASES, default=list(students or CASES))
+    made.add_argument("--attacks", type=int, default=attacks, help="of each kind")
+    return made
