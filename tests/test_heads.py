@@ -138,6 +138,16 @@ def test_many_images_give_the_heads_that_the_eigenvectors_give(
         np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("least", [1e-2, 1e-12])
+def test_an_inverse_is_found_however_small_its_least_eigenvalue(least: float) -> None:
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0]
+    matrix = (basis * np.geomspace(least, 1, 30)) @ basis.T
+    inverse = heads_module._inverse(matrix.astype(np.float32))
+    assert np.isfinite(inverse).all()
+    if least > 1e-6:
+        np.testing.assert_allclose(inverse, np.linalg.inv(matrix), atol=1e-3)
+
+
 def test_identical_images_do_no_harm() -> None:
     own = np.repeat([True, False], 4)[None, :, None]
     heads = fit_heads(np.ones((1, 8, 5), np.float32), own, np.ones((1, 8)))

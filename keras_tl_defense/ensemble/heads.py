@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from scipy.linalg.lapack import spotrf, spotri
 
 _STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean squared length of an image
 _LEAST_APART = 0.05  # of held-out margins, in which targets are 2 apart; less says nothing
@@ -131,10 +132,19 @@ def _solve(
         weight: Array of shape `(bodies, rows)`.
     """
     penalty = penalty[:, None, None].astype(np.float32)
-    inverse = np.linalg.inv(gram + penalty * np.eye(gram.shape[1], dtype=np.float32))
+    inverse = np.stack([_inverse(one) for one in gram + penalty * np.eye(gram.shape[1], dtype="f")])
     dual = inverse @ target.astype(np.float32)
     free = penalty[..., 0] * np.diagonal(inverse, axis1=1, axis2=2) - weight
     return dual, penalty * dual / np.maximum(free, 1e-4)[..., None]
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Inverse of a symmetric positive definite matrix, in a third of `np.linalg.inv`'s time."""
+    factor, failed = spotrf(matrix, lower=True)
+    if failed:  # too near to singular for single precision
+        return np.linalg.inv(matrix.astype(np.float64)).astype(np.float32)
+    lower, _ = spotri(factor, lower=True)
+    return np.tril(lower) + np.tril(lower, -1).T
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -18,7 +17,8 @@ from keras_tl_defense._keras import keras, register
 from keras_tl_defense._validation import check_callable, check_integer, check_positive
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.blocks import find_blocks, left_alone
-from keras_tl_defense.data import HIGHEST_PIXEL, LOWEST_PIXEL, Batches
+from keras_tl_defense.data import Batches
+from keras_tl_defense.ensemble.answering import Rules, answer_images
 from keras_tl_defense.ensemble.arguments import (
     check_choice,
     check_ensemble_size,
@@ -35,21 +35,20 @@ from keras_tl_defense.ensemble.arguments import (
 from keras_tl_defense.ensemble.bank import DifferentiatorBank, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
-from keras_tl_defense.ensemble.score import input_score
 from keras_tl_defense.ensemble.search import search_ratios
-from keras_tl_defense.ensemble.selection import fingerprint, fresh_numbers, new_key
+from keras_tl_defense.ensemble.selection import new_key
 from keras_tl_defense.ensemble.summary import describe, summarise
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.ratios import resolve_ratios
+from keras_tl_defense.saving import save_whole
 from keras_tl_defense.serving import export_saved_model
 
 _ADAPTED, _FITTED = 1, 2
 _DECISIONS = ("count", "score")
 _UNFROZEN_RATIO = 0.5  # of unfrozen layers, which the search leaves aside
-_LOWEST = float(np.finfo(np.float32).min)
 _MANY = 10_000  # differentiators, above which a warning names the way to fewer
 _ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at once
 
@@ -584,53 +583,15 @@ class DifferentiatorEnsemble(keras.Model):
         return tf.function(partial(self._answer, size=size), input_signature=[spec])
 
     def _answer(self, inputs: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
-        images = tf.ensure_shape(tf.cast(inputs, tf.float32), self._image_spec().shape)
-        count = tf.shape(images)[0]
-        # oneDNN gives convolutions of no images a wrong shape, so there is always one.
-        more = tf.concat([[tf.cast(tf.equal(count, 0), tf.int32)], tf.shape(images)[1:]], axis=0)
-        images = tf.concat([images, tf.zeros(more)], axis=0)
-        usable = (images >= LOWEST_PIXEL) & (images <= HIGHEST_PIXEL)
-        finite = tf.reduce_all(usable, axis=tuple(range(1, images.shape.rank)))
-        safe = tf.clip_by_value(tf.round(tf.where(usable, images, 0)), 0, 255)
-        values = self._graph.run(self._preprocess(safe), [self._graph.output])
-        logits = values[self._graph.output]
-        finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
-        student_class = tf.argmax(logits, axis=1, output_type=tf.int32)
-
-        numbers = fingerprint(safe)
-        if self.selection == "random":
-            numbers = tf.bitwise.bitwise_xor(numbers, fresh_numbers(tf.shape(images)[0]))
-        members = self._bank.draw(numbers, self._key, student_class, size)
-        rows = tf.repeat(tf.range(tf.shape(images)[0]), size)[:, None]
-        features = self._bank.body_features(values, rows, tf.reshape(members, [-1]))
-        margins = self._bank.margins(features, members, student_class)
-        finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
-        score = input_score(margins, self._bank.rivals(values), student_class)
-        finite &= tf.math.is_finite(score)
-        score = tf.where(finite, score, _LOWEST)
-        margins = tf.where(finite[:, None], margins, _LOWEST)
-        disagreements = tf.reduce_sum(tf.cast(margins <= 0, tf.int32), axis=1)
-        calibration = tf.convert_to_tensor(self._calibration)
-        accepted = tf.where(
-            tf.equal(self._decision, 1) & (self.mode != "vote"),
-            finite & (score >= calibration[1]),
-            disagreements < self.reject_threshold,
+        rules = Rules(
+            key=tf.convert_to_tensor(self._key),
+            fresh=self.selection == "random",
+            reject_threshold=self.reject_threshold,
+            by_score=tf.equal(self._decision, 1),
+            least_score=tf.convert_to_tensor(self._calibration)[1],
+            vote=self.mode == "vote",
         )
-        answer = tf.where(accepted, student_class + 1, 0)
-        if self.mode == "vote":
-            open_rows = tf.where(~accepted & finite)
-            winner = self._bank.winner(values, tf.cast(open_rows[:, 0], tf.int32))
-            answer = tf.tensor_scatter_nd_update(answer, open_rows, winner + 1)
-        answers = {
-            "answer": answer,
-            "accepted": answer > 0,
-            "student_class": student_class,
-            "disagreements": disagreements,
-            "score": score,
-            "members": members,
-            "margins": margins,
-        }
-        return {name: values[:count] for name, values in answers.items()}
+        return answer_images(inputs, self._graph, self._preprocess, self._bank, rules, size)
 
     def predict(self, x: Any, batch_size: int = 32, verbose: int | str = "auto") -> np.ndarray:
         """Answer images.
@@ -748,28 +709,10 @@ class DifferentiatorEnsemble(keras.Model):
                 or `preprocessing` cannot be saved.
             OSError: The folder cannot be written.
         """
-        path = Path(filepath)
-        if path.suffix != ".keras":
-            raise ValueError(
-                "A defence is saved in Keras's own format. Give a name that ends in .keras. "
-                f"Received: filepath={str(path)!r}"
-            )
-        if path.exists() and not overwrite:
-            raise ValueError(
-                f"The file exists. Pass overwrite=True. Received: filepath={str(path)!r}"
-            )
         self._require(_ADAPTED)
-        self.get_config()
-        try:
-            with tempfile.TemporaryDirectory(prefix=".save-", dir=path.parent) as unfinished:
-                whole = Path(unfinished) / path.name
-                super().save(str(whole), **options)
-                whole.replace(path)
-        except OSError as error:
-            raise OSError(
-                f"The file cannot be written ({error.strerror or error}). Choose a folder that "
-                f"exists and that you may write to. Received: filepath={str(path)!r}"
-            ) from error
+        self.get_config()  # before a long write, which would fail in the end
+        save = super().save
+        save_whole(lambda path: save(path, **options), filepath, overwrite)
 
     def export(self, path: str | Path) -> Path:
         """Write a SavedModel for TF Serving, which answers without this library.
