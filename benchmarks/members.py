@@ -46,7 +46,7 @@ KINDS = ("targeted", "non-targeted")
 
 def searched(case: Case, cache: Path) -> dict[str, Any]:
     """The ratios and the layer of the heads that the search finds, kept in the cache."""
-    path = cache / f"searched-{case.name}.json"
+    path = row_path(cache, case.name, "searched", 0)
     if not path.exists():
         defence = ktd.DifferentiatorEnsemble(case.student, seed=0, preprocessing=case.preprocessing)
         defence.adapt(case.x_train, case.y_train, verbose=0)

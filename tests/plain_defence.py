@@ -77,7 +77,7 @@ class PlainDefence:
 
     def references(self, x: np.ndarray) -> list[np.ndarray]:
         """Margins for all classes; without jitter there is one reference."""
-        (kernel,), (bias,) = self.heads["rival_kernel"], self.heads["rival_bias"]
+        (kernel,), (bias,) = self.heads["reference_kernel"], self.heads["reference_bias"]
         return [self.features(range(CLASSES), x) @ kernel + bias]
 
     def answer(

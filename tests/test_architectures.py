@@ -58,7 +58,7 @@ def with_statistics(model: Any) -> Any:
 def check_masked(defence: Any, x: np.ndarray) -> None:
     """What the heads read is that of the network without the filters."""
     bank, graph = defence.get_layer("differentiators"), defence._graph
-    (tensor,) = bank.needs
+    tensor = bank.tensor
     x = x[:3].astype(np.float32)
     member = bank.count - 1
     mask, removed, start = bank.masks.filter_mask(member), {}, 0

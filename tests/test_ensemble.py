@@ -123,7 +123,7 @@ def test_logits_and_softmax_sequential_and_two_classes(images: Images) -> None:
 def body_features(defence: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features at the cut, unmasked and under the masks of the first differentiator."""
     bank = defence.get_layer("differentiators")
-    (cut,) = bank.needs
+    cut = bank.tensor
     values = defence._graph.run(tf.constant(x, tf.float32), [cut])
     rows = tf.range(len(x))[None, :]
     masked = bank.body_features(values, rows, tf.constant([0])).numpy()

@@ -157,7 +157,7 @@ def test_identical_images_do_no_harm() -> None:
 def other_classes_rejected(defence: Any, images: Images) -> float:
     """How often a member says no to an image of a class that it was not pruned for."""
     bank = defence.get_layer("differentiators")
-    values = defence._graph.run(images.x_test.astype(np.float32), bank.needs)
+    values = defence._graph.run(images.x_test.astype(np.float32), [bank.tensor])
     rejected = []
     for number, pair in enumerate(defence.member_classes):
         foreign = np.flatnonzero(~np.isin(images.y_test, pair))

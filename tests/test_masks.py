@@ -78,6 +78,12 @@ class TestRatios:
         ratios = {"conv1_1": 0.9, "conv1*": 0.5}
         assert resolve_ratios(ratios, self.layers) == {"conv1_1": 0.9, "conv1_2": 0.5}
 
+    def test_a_name_means_the_layer_of_that_name(self) -> None:
+        """Saved ratios are names, whatever characters are in them."""
+        layers = ["conv[1]", "conv1", "conv*"]
+        ratios = {"conv[1]": 0.5, "conv*": 0.7}
+        assert resolve_ratios(ratios, layers) == ratios
+
     def test_zero_leaves_a_layer_alone(self) -> None:
         assert resolve_ratios({"fc1": 0, "*": 0.5}, self.layers) == dict.fromkeys(
             self.layers[:3], 0.5

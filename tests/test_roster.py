@@ -40,9 +40,17 @@ def test_every_class_is_in_its_groups(classes: int, data: st.DataObject) -> None
     assert (np.diff(groups, axis=1) > 0).all()
     times = np.bincount(groups.ravel(), minlength=classes)
     assert each <= times.min() <= times.max() <= roster.most
-    if each <= most_members(classes, size) / 2:
-        assert len(np.unique(groups, axis=0)) == len(groups)
+    assert len(np.unique(groups, axis=0)) == len(groups)
     check_table(groups, roster)
+
+
+def test_a_thousand_classes() -> None:
+    roster = Roster(1000, 2, 10)
+    pairs = roster.draw(np.zeros((1000, 0)), np.random.default_rng(0))
+    assert pairs.shape == (5000, 2)
+    assert (np.bincount(pairs.ravel()) == 10).all()
+    assert len(np.unique(pairs, axis=0)) == 5000
+    check_table(pairs, roster)
 
 
 def check_table(member_classes: np.ndarray, roster: Roster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import Images, fitted
 from test_report import results
@@ -55,6 +56,18 @@ def test_more_members_accept_less(
     kept = report.table[report.table["metric"] == "retention"]["rate"]
     np.testing.assert_allclose(lines["retention"], kept)
     assert "retention" in repr(report)
+
+
+def test_the_defences_own_threshold_does_not_count(
+    defence: Any, student: Any, images: Images, results: dict[str, AttackResult]
+) -> None:
+    options: dict[str, Any] = {"sizes": [1, 2], "verbose": 0}
+    strict = fitted(student, images, {"conv*": 0.5}, ensemble_size=4, reject_threshold=4)
+    tables = [
+        evaluate_ensemble_sizes(d, images.x_test, images.y_test, results, **options).table
+        for d in (defence, strict)
+    ]
+    pd.testing.assert_frame_equal(*tables)
 
 
 def test_what_has_no_sizes(student: Any, defence: Any, images: Images) -> None:

@@ -17,7 +17,7 @@ from keras_tl_defense.ensemble.training import (
     choose_rows,
     sample_classes,
     train_heads,
-    train_rivals,
+    train_reference,
 )
 
 
@@ -52,9 +52,33 @@ def test_chunks_give_what_one_piece_gives(head: Any, monkeypatch: pytest.MonkeyP
     whole = train(1 << 30)
     assert whole.kernel.shape == (6, 1 if head == "pair" else 2, 15)
     assert whole.accuracy.shape == whole.loss.shape == (6,)
-    for chunk_bytes in (1, 2 * 140 * 15 * 4):
+    for chunk_bytes in (1, 2 * 140 * 4 * 140 * 4):
         for part, expected in zip(train(chunk_bytes), whole, strict=True):
             np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_chunk_counts_the_rows_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few features the products of the images are what takes memory."""
+    sizes = []
+    fit_heads = training.fit_heads
+
+    def spy(features: np.ndarray, *rest: np.ndarray) -> Any:
+        sizes.append(features.shape)
+        return fit_heads(features, *rest)
+
+    monkeypatch.setattr(training, "fit_heads", spy)
+    monkeypatch.setattr(training, "_CHUNK_BYTES", 1 << 20)
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(9), 6)
+    x = rng.normal(0, 1, (54, 2)).astype(np.float32)
+    sample = sample_classes(Batches(x, y, shape=(2,), classes=9), 6, rng)
+    pairs = np.stack(np.triu_indices(9, 1), axis=1)
+    members = np.arange(len(pairs))
+    options: dict[str, Any] = {"rng": rng, "progress": lambda _: None}
+    train_heads(lambda images, _: images, sample, members, pairs, 2, "pair", **options)
+    assert sum(bodies for bodies, _, _ in sizes) == 36
+    for bodies, rows, _ in sizes:
+        assert bodies == 1 or 4 * 4 * bodies * rows**2 <= 1 << 20
 
 
 def test_members_keep_their_own_masks() -> None:
@@ -104,12 +128,12 @@ def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch
         seen.append(len(images))
         return images
 
-    kernel, bias = train_rivals(member_features, sample, 6, width=9)
+    kernel, bias = train_reference(member_features, sample, 6, width=9)
     assert kernel.shape == (9, 4)
     assert bias.shape == (4,)
     assert seen == [5 + 6 + 7 + 22]
     monkeypatch.setattr(training, "_SAMPLE_BYTES", 4 * 9 * 24)
-    train_rivals(member_features, sample, 6, width=9)
+    train_reference(member_features, sample, 6, width=9)
     assert seen[1:] == [5 + 6 + 6 + 6]
     margins = x @ kernel + bias
     np.testing.assert_array_equal(margins.argmax(axis=1), y)

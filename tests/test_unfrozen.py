@@ -121,7 +121,7 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
         masked = at_pool * weights["filter_masks"][member]
         margins[member] = network(masked, training=False).numpy()
     assert weights["filter_masks"].shape == (3 + 4, 6)
-    heads = zip(weights["rival_kernel"], weights["rival_bias"], strict=True)
+    heads = zip(weights["reference_kernel"], weights["reference_bias"], strict=True)
     references = [
         (at_pool * mask).reshape(len(x), -1) @ kernel + bias
         for mask, (kernel, bias) in zip(weights["filter_masks"][3:], heads, strict=True)
@@ -246,7 +246,42 @@ def test_unfrozen_layers_that_will_not_do_are_refused_by_name() -> None:
         student = build(odd)
         with pytest.raises(ValueError, match=r"unfrozen layer 'odd' .*Received: layer='odd'"):
             ktd.DifferentiatorEnsemble(student, {"body": 0.5}, tune="unfrozen")
+        with pytest.raises(ValueError, match="unfrozen layer 'odd'"):
+            ktd.DifferentiatorEnsemble(student, tune="unfrozen")  # before any search
         assert ktd.DifferentiatorEnsemble(student, {"body": 0.5}).cut == "pool"
+
+
+def test_a_student_with_operators(three: Images) -> None:
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = layers.Conv2D(6, 3, activation="relu", trainable=False, name="body")(inputs / 255)
+    x = layers.MaxPooling2D(name="pool")(x)
+    y = layers.Conv2D(6, 3, padding="same", activation="relu", name="own")(x)
+    x = layers.GlobalAveragePooling2D()(x + y)
+    student = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    defence = fitted(student, three, ratios={"body": 0.5, "own": 0.5})
+    assert set(defence.ratios) == {"body", "own"}
+    assert defence.explain(three.x_test, verbose=0)["margins"].shape == (len(three.x_test), 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"members_per_class": 1, "ensemble_size": 1},
+        {"head": "pair", "mode": "vote"},
+        {"head": "pair"},
+    ],
+)
+def test_own_layers_go_with_every_kind_of_ensemble(
+    options: dict[str, Any], mid: Any, three: Images, tmp_path: Path
+) -> None:
+    defence = fitted(mid, three, **options)
+    answers = defence.predict(three.x_test, verbose=0)
+    right = answers == three.y_test + 1
+    assert right.mean() > 0.4
+    assert (right | (answers == 0)).mean() > 0.8
+    defence.save(tmp_path / "defence.keras")
+    loaded = keras.models.load_model(tmp_path / "defence.keras")
+    np.testing.assert_array_equal(loaded.predict(three.x_test, verbose=0), answers)
 
 
 def test_the_layer_that_heads_read_is_not_for_choice(mid: Any) -> None:

@@ -80,7 +80,7 @@ def answer_images(
     features = bank.body_features(values, rows, tf.reshape(members, [-1]))
     margins = bank.margins(features, members, student_class)
     finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
-    score = input_score(margins, bank.rivals(values), student_class)
+    score = input_score(margins, bank.reference_margins(values), student_class)
     finite &= tf.math.is_finite(score)
     score = tf.where(finite, score, _LOWEST)
     margins = tf.where(finite[:, None], margins, _LOWEST)

@@ -39,7 +39,7 @@ def make_roster(
     if members_per_class is None:
         each = known if size == 2 else min(_MEMBERS_OF_GROUPS, known)
     else:
-        why = f"because no more than {known} different ones know a class"
+        why = "so that no two are the same"
         each = check_integer("members_per_class", members_per_class, 1, known, why)
     return Roster(classes, size, each, grouping == "likeness")
 
@@ -99,7 +99,7 @@ def _is_registered(function: Any) -> bool:
 
 def penultimate(graph: ModelGraph) -> int:
     """Number of the tensor that the Student's last weighted layer, its own head, takes."""
-    last = [step for step in graph.steps if step.layer.weights][-1]
+    last = [step for step in graph.steps if getattr(step.layer, "weights", ())][-1]
     return last.inputs[0]
 
 

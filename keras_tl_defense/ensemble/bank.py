@@ -48,7 +48,7 @@ class DifferentiatorBank(keras.layers.Layer):
         count: Number of differentiators.
         references: Numbers of the references, which follow those of the differentiators.
         features: Size of what the heads read.
-        needs: Numbers of the tensors that `body_features` takes from a pass over the images.
+        tensor: Number of the tensor that the heads read, or that own layers begin with.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DifferentiatorBank(keras.layers.Layer):
         blocks = [b.checked() for b in find_blocks(graph, before=tensor) if b.name in ratios]
         self._graph = graph
         self._body = MaskedBody(graph, tensor, blocks)
-        self.needs = (tensor,)
+        self.tensor = tensor
         self._roster, self._head = roster, head
         self.top = top
         width = _feature_count(graph, tensor)
@@ -95,8 +95,8 @@ class DifferentiatorBank(keras.layers.Layer):
         self.kernel = add(name="kernel", shape=(count, heads, self.features), initializer="zeros")
         self.bias = add(name="bias", shape=(count, heads), initializer="zeros")
         stacked = (len(self.references), width, classes)
-        self.rival_kernel = add(name="rival_kernel", shape=stacked, initializer="zeros")
-        self.rival_bias = add(name="rival_bias", shape=stacked[::2], initializer="zeros")
+        self.reference_kernel = add(name="reference_kernel", shape=stacked, initializer="zeros")
+        self.reference_bias = add(name="reference_bias", shape=stacked[::2], initializer="zeros")
         self._top_weights, self._top_kept = {}, {}
         if top is not None:
             for number, (name, shape) in enumerate(top.weight_shapes().items()):
@@ -157,10 +157,10 @@ class DifferentiatorBank(keras.layers.Layer):
             for name, array in arrays.items():
                 assign_rows(stacks[name], members, array)
 
-    def set_rivals(self, kernel: np.ndarray, bias: np.ndarray) -> None:
+    def set_references(self, kernel: np.ndarray, bias: np.ndarray) -> None:
         """Set the references' heads, `(references, features, classes)` and `(…, classes)`."""
-        self.rival_kernel.assign(kernel)
-        self.rival_bias.assign(bias)
+        self.reference_kernel.assign(kernel)
+        self.reference_bias.assign(bias)
 
     def kept(self) -> list[tuple[int, int, str, int, int]]:
         """Level, its differentiators, and name, units and units kept of each pruned layer.
@@ -231,7 +231,7 @@ class DifferentiatorBank(keras.layers.Layer):
         """The frozen body of one differentiator at a time, from images."""
         masks = self.masks
         return CompactBody(
-            self._graph, self.needs[0], masks.blocks, preprocessing, masks.connection_mask
+            self._graph, self.tensor, masks.blocks, preprocessing, masks.connection_mask
         )
 
     def own_features(self, values: tf.Tensor, member: tf.Tensor) -> tf.Tensor:
@@ -282,7 +282,7 @@ class DifferentiatorBank(keras.layers.Layer):
         logits = tf.reduce_sum(features * tf.gather_nd(kernel, chosen), axis=1)
         return tf.reshape((logits + tf.gather_nd(bias, chosen)) * sign, tf.shape(members))
 
-    def rivals(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
+    def reference_margins(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
         """How surely the references take each image for each class, on average.
 
         Args:
@@ -291,12 +291,12 @@ class DifferentiatorBank(keras.layers.Layer):
         Returns:
             Float tensor of shape `(batch, classes)`.
         """
-        images, count = tf.shape(values[self.needs[0]])[0], len(self.references)
+        images, count = tf.shape(values[self.tensor])[0], len(self.references)
         rows = tf.tile(tf.range(images)[None], [count, 1])
         features = self.masked_body(values, rows, tf.constant(self.references, tf.int32))
-        kernel = tf.convert_to_tensor(self.rival_kernel)
+        kernel = tf.convert_to_tensor(self.reference_kernel)
         features = tf.reshape(tf.cast(features, kernel.dtype), (count, images, kernel.shape[1]))
-        margins = tf.linalg.matmul(features, kernel) + self.rival_bias[:, None]
+        margins = tf.linalg.matmul(features, kernel) + self.reference_bias[:, None]
         return tf.reduce_mean(margins, axis=0)
 
 

@@ -12,7 +12,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.bank import DifferentiatorBank
 from keras_tl_defense.ensemble.mask_bank import LEVELS
 from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
-from keras_tl_defense.ensemble.training import ClassImages, HeadKind, train_heads, train_rivals
+from keras_tl_defense.ensemble.training import ClassImages, HeadKind, train_heads, train_reference
 
 _FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
 
@@ -107,9 +107,9 @@ def fit_differentiators(
             f"{of}.",
             stacklevel=3,
         )
-    width = bank.rival_kernel.shape[1]
+    width = bank.reference_kernel.shape[1]
     rivals = [
-        train_rivals(body_values, sample, int(reference), width) for reference in bank.references
+        train_reference(body_values, sample, int(reference), width) for reference in bank.references
     ]
-    bank.set_rivals(*(np.stack(arrays) for arrays in zip(*rivals, strict=True)))
+    bank.set_references(*(np.stack(arrays) for arrays in zip(*rivals, strict=True)))
     return history

@@ -49,6 +49,10 @@ from keras_tl_defense.serving import export_saved_model
 _ADAPTED, _FITTED = 1, 2
 _DECISIONS = ("count", "score")
 _UNFROZEN_RATIO = 0.5  # of unfrozen layers, which the search leaves aside
+_NOT_PRUNED = (
+    "The differentiators are not pruned yet. Call `adapt(x_train, y_train)`, then "
+    "`fit(x_train, y_train)`."
+)
 _MANY = 10_000  # differentiators, above which a warning names the way to fewer
 _ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at once
 
@@ -198,6 +202,8 @@ class DifferentiatorEnsemble(keras.Model):
                 f"cut. Leave `head_layer` out. Received: head_layer={head_layer!r}"
             )
         self.head_layer = self.cut if tune == "unfrozen" else head_layer
+        if tune == "unfrozen":  # what cannot be owned is refused now, not after the search
+            OwnTop(graph, self._cut, penultimate(graph), {})
         self.jitter = 0.0 if jitter == 0 else check_positive("jitter", jitter)
         self.preprocessing = check_callable("preprocessing", preprocessing)
         self._mode = check_choice("mode", mode, ("validate", "vote"))
@@ -575,7 +581,15 @@ class DifferentiatorEnsemble(keras.Model):
 
         Args:
             inputs: Images of shape `(batch, H, W, C)` in 0..255.
+
+        Raises:
+            RuntimeError: `adapt` or `fit` was not called. In a graph, such as a model around this
+                one, only a defence without any ratios yet is refused.
         """
+        if self._bank is None:
+            raise RuntimeError(_NOT_PRUNED)
+        if tf.executing_eagerly():
+            self._require(_FITTED)
         return self._answer(inputs, self.ensemble_size)
 
     def _trace(self, size: int) -> Any:
@@ -829,10 +843,7 @@ class DifferentiatorEnsemble(keras.Model):
 
     def _require(self, stage: int) -> None:
         if not self.adapted:
-            raise RuntimeError(
-                "The differentiators are not pruned yet. Call `adapt(x_train, y_train)`, then "
-                "`fit(x_train, y_train)`."
-            )
+            raise RuntimeError(_NOT_PRUNED)
         if stage == _FITTED and not self.fitted:
             raise RuntimeError(
                 "The differentiators are not trained since the last `adapt`. Call "

@@ -125,10 +125,13 @@ class Roster:
 
 
 def most_members(classes: int, size: int) -> int:
-    """How many different differentiators of so many classes can know a class."""
+    """How many differentiators may know a class, so that all can be different.
+
+    Of groups as many as use up half of the possible ones: more are hard to find by drawing.
+    """
     if size == 2:
         return classes - 1
-    return comb(classes, size) // -(-classes // size)
+    return max(1, comb(classes, size) // (2 * -(-classes // size)))
 
 
 def pair_number(first: Any, second: Any, classes: int) -> tf.Tensor:

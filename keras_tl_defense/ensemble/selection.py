@@ -42,8 +42,9 @@ def fingerprint(images: tf.Tensor) -> tf.Tensor:
 def fresh_numbers(batch: tf.Tensor) -> tf.Tensor:
     """Random numbers in the place of fingerprints, other ones at every call.
 
-    They come from the operating system's randomness, whatever seed TensorFlow was given. XLA would
-    make a constant of them, so callers mix in a `fingerprint`, which XLA refuses.
+    They come from a generator that TensorFlow seeds from the operating system, whatever
+    seed it was given. XLA would make a constant of them, so callers mix in a `fingerprint`,
+    which XLA refuses.
 
     Args:
         batch: How many, an int32 scalar.

@@ -19,6 +19,7 @@ MemberFeatures = Callable[[np.ndarray, int], np.ndarray]
 _CHUNK_BYTES = 256 << 20
 _REFERENCE_ROWS = 8000
 _SAMPLE_BYTES = 512 << 20
+_SQUARES = 4  # arrays of rows by rows that `fit_heads` holds at a time
 _OTHERS = 128  # images of other classes for each differentiator
 
 
@@ -188,7 +189,8 @@ def train_heads(
         progress: Called with the number of differentiators that are done since the last call.
     """
     most = class_sets.shape[1] * int(sample.counts.max()) + _OTHERS
-    chunk = max(1, min(len(members), _CHUNK_BYTES // (4 * most * width)))
+    size = 4 * most * max(width, _SQUARES * most)
+    chunk = max(1, min(len(members), _CHUNK_BYTES // size))
     parts: list[FittedHeads] = []
     for start in range(0, len(members), chunk):
         done = slice(start, start + chunk)
@@ -215,7 +217,7 @@ def train_heads(
     return FittedHeads(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def train_rivals(
+def train_reference(
     member_features: MemberFeatures, sample: ClassImages, reference: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a head for each class on the features of one body.

@@ -121,7 +121,8 @@ def evaluate_ensemble_sizes(
             "threshold rejects nothing. Give other `sizes` or `thresholds`. "
             f"Received: sizes={asked}, thresholds={needed}"
         )
-    options = {"ensemble_size": tried[-1]}
+    # `explain` wants as many as the defence's own threshold, which does not count here.
+    options = {"ensemble_size": max(tried[-1], defence.reject_threshold)}
     clean, labels = explain_labelled(defence, x_test, y_test, batch_size, verbose, **options)
     right = clean["student_class"] == labels
     crafted = {

@@ -42,7 +42,7 @@ def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -
         )
     for pattern, ratio in patterns.items():
         check_ratio(f"ratios[{pattern!r}]", ratio)
-        if not any(fnmatchcase(name, pattern) for name in layers):
+        if not any(_matches(name, pattern, layers) for name in layers):
             raise ValueError(
                 f"The pattern {pattern!r} matches no prunable layer before the cut. Those are: "
                 f"{', '.join(layers) or 'none'}. Received: ratios={ratios!r}"
@@ -50,11 +50,16 @@ def resolve_ratios(ratios: float | Mapping[str, float], layers: Sequence[str]) -
     resolved = {}
     for name in layers:
         for pattern, ratio in patterns.items():
-            if fnmatchcase(name, pattern):
+            if _matches(name, pattern, layers):
                 if ratio > 0:
                     resolved[name] = float(ratio)
                 break
     return resolved
+
+
+def _matches(name: str, pattern: str, layers: Sequence[str]) -> bool:
+    """Whether a pattern means a layer; a layer's very name means that one, as saved ratios do."""
+    return name == pattern if pattern in layers else fnmatchcase(name, pattern)
 
 
 def check_ratio(name: str, ratio: object) -> float:
