@@ -114,7 +114,8 @@ def _follow(graph: ModelGraph, step: Step, known: list[np.ndarray | None]) -> np
         if isinstance(layer, _layers.Flatten) and layer.data_format == "channels_last":
             return np.tile(source, int(graph.shapes[step.outputs[0]][-1] or 0) // len(source))
         apart = getattr(layer, "keeps_channels_apart", False)
-        if apart or may_revive(step) or isinstance(layer, INACTIVE + SPATIAL):
+        last_too = getattr(layer, "data_format", "channels_last") != "channels_first"
+        if last_too and (apart or may_revive(step) or isinstance(layer, INACTIVE + SPATIAL)):
             return source
     raise ValueError(
         f"The layer {step.name!r} ({type(layer).__name__}) comes after a pruned convolution, and "

@@ -184,8 +184,8 @@ def check_every_class(counts: np.ndarray) -> None:
     missing = np.flatnonzero(counts == 0)
     if len(missing):
         raise ValueError(
-            "Every class needs at least one image, because a differentiator is pruned and trained "
-            f"by its classes' images. Add images of class {', '.join(map(str, missing))}. "
+            "Every class needs at least one image, because layers are pruned by the activations of "
+            f"the classes. Add images of class {', '.join(map(str, missing))}. "
             f"Received: no image of {len(missing)} of {len(counts)} classes"
         )
 

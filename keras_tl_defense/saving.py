@@ -1,4 +1,4 @@
-"""Write a Keras file that is there whole or not at all."""
+"""Keras files: written whole or not at all, and read without running code from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,39 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from keras_tl_defense._keras import keras
+
+# Layers of the legacy Keras that call a TensorFlow function, method or property by its name.
+_CALLS_ANYTHING = (
+    "TFOpLambda",
+    "SlicingOpLambda",
+    "ClassMethod",
+    "InstanceMethod",
+    "InstanceProperty",
+)
+_COMPUTATIONS = (
+    "__operators__.",
+    "math.",
+    "nn.",
+    "linalg.",
+    "signal.",
+    "cast",
+    "clip_by_value",
+    "concat",
+    "expand_dims",
+    "identity",
+    "image.resize",
+    "pad",
+    "repeat",
+    "reshape",
+    "reverse",
+    "split",
+    "squeeze",
+    "stack",
+    "tile",
+    "transpose",
+)
 
 
 def save_whole(write: Callable[[str], Any], filepath: str | Path, overwrite: bool) -> None:
@@ -38,3 +71,72 @@ def save_whole(write: Callable[[str], Any], filepath: str | Path, overwrite: boo
             f"The file cannot be written ({error.strerror or error}). Choose a folder that "
             f"exists and that you may write to. Received: filepath={str(path)!r}"
         ) from error
+
+
+def serialize_preprocessing(preprocessing: Any) -> Any:
+    """Configuration of a layer or registered function; `ValueError` for any other function."""
+    if preprocessing is None:
+        return None
+    if isinstance(preprocessing, keras.layers.Layer) or _is_registered(preprocessing):
+        return keras.utils.serialize_keras_object(preprocessing)
+    raise ValueError(
+        "A plain function cannot be saved with the model, because loading a file must not run code "
+        "from it. Pass a Keras layer such as `keras.layers.Rescaling(1 / 255)`, or decorate the "
+        "function with `@keras.utils.register_keras_serializable()`. "
+        f"Received: preprocessing={preprocessing!r}"
+    )
+
+
+def _is_registered(function: Any) -> bool:
+    name = keras.utils.get_registered_name(function) if hasattr(function, "__name__") else None
+    return name is not None and keras.utils.get_registered_object(name) is not None
+
+
+def check_loadable(config: Any, custom_objects: Any = None) -> None:
+    """Check that a configuration names only Keras's own classes and registered ones.
+
+    The legacy Keras imports any module that a file names, and calls what it finds there.
+
+    Raises:
+        ValueError: It names something else.
+    """
+    if isinstance(config, list | tuple):
+        for part in config:
+            check_loadable(part, custom_objects)
+    if not isinstance(config, dict):
+        return
+    for part in config.values():
+        check_loadable(part, custom_objects)
+    if "class_name" not in config:
+        return
+    _check_operator(config)
+    function = config["class_name"] == "function"
+    module = str(config.get("module") or "keras")
+    name = config["config"] if function else config.get("registered_name")
+    known = {**keras.utils.get_custom_objects(), **(custom_objects or {})}
+    if isinstance(name, str) and name in known:  # what Keras looks up before it imports anything
+        return
+    if function or module.split(".")[0] not in ("keras", "tf_keras"):
+        raise ValueError(
+            "The file names code that is neither Keras's own nor registered. If you trust it, "
+            "import the module that registers it, or pass `custom_objects`. "
+            f"Received: {config['class_name']} {config.get('registered_name')!r} of {module!r}"
+        )
+
+
+def _check_operator(config: dict[str, Any]) -> None:
+    """Refuse what the legacy Keras makes of TensorFlow functions, but for plain computations.
+
+    It calls any public function that a file names, with any arguments, when it builds the model.
+    """
+    kind, own = config["class_name"], config.get("config")
+    if kind not in _CALLS_ANYTHING:
+        return
+    function = str(own.get("function")) if isinstance(own, dict) else ""
+    if kind in ("TFOpLambda", "SlicingOpLambda") and function.startswith(_COMPUTATIONS):
+        return
+    raise ValueError(
+        "The file calls a TensorFlow function that may do more than compute. Write the model with "
+        "Keras's layers and arithmetic, and save it again. "
+        f"Received: {kind} of {function or 'an object'!r}"
+    )

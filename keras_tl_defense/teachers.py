@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import h5py
 import numpy as np
 
 from keras_tl_defense._keras import LEGACY, keras
+from keras_tl_defense.saving import check_loadable
 
 _DROPOUT = 0.5
 
@@ -61,16 +64,30 @@ def load_teacher(path: str | Path) -> Any:
         The Keras model, not compiled.
 
     Raises:
-        ValueError: The file holds a `Lambda` layer, which would run code of its own.
+        ValueError: The file holds a `Lambda` layer, which would run code of its own, or names code
+            that is not Keras's.
     """
-    if LEGACY and h5py.is_hdf5(path):
-        with h5py.File(path) as file:
-            if '"Lambda"' in str(file.attrs.get("model_config", "")):
-                raise ValueError(
-                    "The Teacher has a `Lambda` layer, which would run code from the file. Load it "
-                    f"yourself if you trust it. Received: path={str(path)!r}"
-                )
+    if LEGACY:
+        config = _stored_config(path)
+        if '"Lambda"' in config:
+            raise ValueError(
+                "The Teacher has a `Lambda` layer, which would run code from the file. Load it "
+                f"yourself if you trust it. Received: path={str(path)!r}"
+            )
+        check_loadable(json.loads(config))
     return keras.models.load_model(path, compile=False)
+
+
+def _stored_config(path: str | Path) -> str:
+    """The JSON of a model in a file, empty where there is none."""
+    if h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            config = file.attrs.get("model_config", "{}")
+            return config.decode() if isinstance(config, bytes) else str(config)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("config.json").decode()
+    return "{}"
 
 
 def make_student(

@@ -285,12 +285,19 @@ def test_dense_connections_equal_a_pruned_kernel(run: Any) -> None:
         )
 
 
+def root_mean_square(x: Any) -> Any:
+    """An activation that mixes channels, though none that are 0."""
+    return x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + 1e-3)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
         layers.LayerNormalization(name="x"),
         layers.UnitNormalization(name="x"),
         layers.Activation("softmax", name="x"),
+        layers.Activation(root_mean_square, name="x"),
+        layers.AveragePooling2D(3, 1, "same", data_format="channels_first", name="x"),
         layers.Permute((3, 1, 2), name="x"),
         layers.Reshape((8 * 8 * 4,), name="x"),
         layers.Lambda(lambda t: t + 1, name="x"),

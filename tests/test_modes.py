@@ -274,7 +274,7 @@ def test_what_is_not_ready_does_not_answer(student: Any, images: Images) -> None
     x = images.x_test[:2].astype(np.float32)
     for ratios in ("auto", RATIOS):
         defence = ktd.DifferentiatorEnsemble(student, ratios)
-        for answer in (defence, defence.call, defence.predict_on_batch):
+        for answer in (defence, defence.call):
             with pytest.raises(RuntimeError, match="not pruned yet"):
                 answer(x)
     defence.adapt(images.x_train, images.y_train, verbose=0)

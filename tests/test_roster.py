@@ -53,6 +53,19 @@ def test_a_thousand_classes() -> None:
     check_table(pairs, roster)
 
 
+def test_partners_of_partners_tell_nothing() -> None:
+    """Six classes of two partners each: 60 rings and 10 pairs of triangles, all as likely."""
+    rng = np.random.default_rng(0)
+    drawn = [Roster(6, 2, 2).draw(np.zeros((6, 0)), rng) for _ in range(700)]
+    triangles = 0
+    for pairs in drawn:
+        known = np.zeros((6, 6), int)
+        known[tuple(pairs.T)] = 1
+        known += known.T
+        triangles += np.trace(known @ known @ known) > 0
+    assert 70 <= triangles <= 135  # 100 are expected; a ring in random order has none
+
+
 def check_table(member_classes: np.ndarray, roster: Roster) -> None:
     members, counts = find_members(member_classes, roster)
     assert members.shape == (roster.classes, roster.most)

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import SIZE, Images, fitted
+from conftest import CLASSES, SIZE, Images, fitted
 
 import keras_tl_defense as ktd
 from keras_tl_defense import serving
@@ -177,7 +178,7 @@ def test_files_that_cannot_be_saved(defence: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["defence.keras", "file"]
 
 
-def tampered(path: Path, part: str, field: str, foreign: dict[str, Any]) -> Path:
+def tampered(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A copy of a saved defence with something else in its configuration."""
     other = path.with_name("tampered.keras")
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other, "w") as copy:
@@ -185,7 +186,7 @@ def tampered(path: Path, part: str, field: str, foreign: dict[str, Any]) -> Path
             content = archive.read(name)
             if name == "config.json":
                 config = json.loads(content)
-                config[part][field] = foreign
+                change(config)
                 content = json.dumps(config).encode()
             copy.writestr(name, content)
     return other
@@ -222,7 +223,46 @@ def test_a_file_that_names_foreign_code_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     defence.save(tmp_path / "defence.keras")
     with pytest.raises((ValueError, TypeError), match=r"(?i)neither Keras's own|could not"):
-        keras.models.load_model(tampered(tmp_path / "defence.keras", part, field, foreign))
+        keras.models.load_model(
+            tampered(tmp_path / "defence.keras", lambda c: c[part].update({field: foreign}))
+        )
+
+
+@pytest.mark.parametrize("kind", ["TFOpLambda", "InstanceMethod"])
+def test_a_student_that_writes_files_is_refused(kind: str, defence: Any, tmp_path: Path) -> None:
+    """The legacy Keras calls what a layer of a file names, when it builds the model."""
+    written = tmp_path / "written.py"
+    layer = {
+        "module": "keras.layers",
+        "class_name": kind,
+        "config": {"name": "odd", "trainable": True, "function": "io.write_file"},
+        "registered_name": kind,
+        "name": "odd",
+        "inbound_nodes": [["_CONSTANT_VALUE", -1, str(written), {"contents": "print()"}]],
+    }
+    defence.save(tmp_path / "defence.keras")
+    with pytest.raises((ValueError, TypeError), match=r"(?i)more than compute|could not"):
+        keras.models.load_model(
+            tampered(
+                tmp_path / "defence.keras",
+                lambda c: c["config"]["student"]["config"]["layers"].append(layer),
+            )
+        )
+    assert not written.exists()
+
+
+def test_a_student_with_arithmetic_can_be_loaded(images: Images, tmp_path: Path) -> None:
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Conv2D(4, 3, activation="relu", trainable=False, name="conv")(
+        inputs[:, 1:-1, 1:-1] / 255 - 0.5
+    )
+    x = keras.layers.GlobalAveragePooling2D()(x) * 2.0
+    student = keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+    defence = ktd.DifferentiatorEnsemble(student, {"conv": 0.5})
+    defence.adapt(images.x_train, images.y_train, verbose=0)
+    defence.save(tmp_path / "defence.keras")
+    loaded = keras.models.load_model(tmp_path / "defence.keras")
+    assert loaded.ratios == {"conv": 0.5}
 
 
 def test_a_teacher_file_with_a_lambda_is_refused(tmp_path: Path) -> None:

@@ -284,6 +284,11 @@ def test_own_layers_go_with_every_kind_of_ensemble(
     np.testing.assert_array_equal(loaded.predict(three.x_test, verbose=0), answers)
 
 
+def test_a_student_without_retrained_layers_has_none_to_tune(student: Any) -> None:
+    with pytest.raises(ValueError, match=r"no retrained layers .*Received: cut='fc1'"):
+        ktd.DifferentiatorEnsemble(student, {"conv*": 0.5}, tune="unfrozen")
+
+
 def test_the_layer_that_heads_read_is_not_for_choice(mid: Any) -> None:
     with pytest.raises(ValueError, match="Leave `head_layer` out"):
         ktd.DifferentiatorEnsemble(mid, RATIOS, tune="unfrozen", head_layer="body")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.ensemble.roster import Roster, most_members
 from keras_tl_defense.graph import ModelGraph
@@ -78,25 +77,6 @@ def check_vote(head: str, roster: Roster, ensemble_size: int | None, reject_thre
         )
 
 
-def serialize_preprocessing(preprocessing: Any) -> Any:
-    """Configuration of a layer or registered function; `ValueError` for any other function."""
-    if preprocessing is None:
-        return None
-    if isinstance(preprocessing, keras.layers.Layer) or _is_registered(preprocessing):
-        return keras.utils.serialize_keras_object(preprocessing)
-    raise ValueError(
-        "A plain function cannot be saved with the model, because loading a file must not run code "
-        "from it. Pass a Keras layer such as `keras.layers.Rescaling(1 / 255)`, or decorate the "
-        "function with `@keras.utils.register_keras_serializable()`. "
-        f"Received: preprocessing={preprocessing!r}"
-    )
-
-
-def _is_registered(function: Any) -> bool:
-    name = keras.utils.get_registered_name(function) if hasattr(function, "__name__") else None
-    return name is not None and keras.utils.get_registered_object(name) is not None
-
-
 def penultimate(graph: ModelGraph) -> int:
     """Number of the tensor that the Student's last weighted layer, its own head, takes."""
     last = [step for step in graph.steps if getattr(step.layer, "weights", ())][-1]
@@ -112,37 +92,6 @@ def key_words(key: bytes) -> np.ndarray:
             f"{len(key) if hasattr(key, '__len__') else 'unknown'}"
         )
     return np.frombuffer(key, np.int64).copy()
-
-
-def check_loadable(config: Any, custom_objects: Any = None) -> None:
-    """Check that a configuration names only Keras's own classes and registered ones.
-
-    The legacy Keras imports any module that a file names, and calls what it finds there.
-
-    Raises:
-        ValueError: It names something else.
-    """
-    if isinstance(config, list | tuple):
-        for part in config:
-            check_loadable(part, custom_objects)
-    if not isinstance(config, dict):
-        return
-    for part in config.values():
-        check_loadable(part, custom_objects)
-    if "class_name" not in config:
-        return
-    function = config["class_name"] == "function"
-    module = str(config.get("module") or "keras")
-    name = config["config"] if function else config.get("registered_name")
-    known = {**keras.utils.get_custom_objects(), **(custom_objects or {})}
-    if isinstance(name, str) and name in known:  # what Keras looks up before it imports anything
-        return
-    if function or module.split(".")[0] not in ("keras", "tf_keras"):
-        raise ValueError(
-            "The file names code that is neither Keras's own nor registered. If you trust it, "
-            "import the module that registers it, or pass `custom_objects`. "
-            f"Received: {config['class_name']} {config.get('registered_name')!r} of {module!r}"
-        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:

@@ -50,7 +50,8 @@ def score_threshold(scores: np.ndarray, retention: float) -> float:
         raise ValueError(
             f"To set a threshold for a retention of {retention:g}, at least "
             f"{math.ceil(1 / (1 - retention) - 1e-9) - 1} images are needed that the Student "
-            "answers rightly and was not trained on. Give more, or ask for less. "
+            "answers rightly and was not trained on. Give more, or ask for less; where it should "
+            "answer many rightly, check the labels and `preprocessing`. "
             f"Received: {len(scores)} such images, retention={retention:g}"
         )
     return float(np.sort(scores)[min(rank, len(scores)) - 1])

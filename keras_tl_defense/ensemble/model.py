@@ -22,7 +22,6 @@ from keras_tl_defense.ensemble.answering import Rules, answer_images
 from keras_tl_defense.ensemble.arguments import (
     check_choice,
     check_ensemble_size,
-    check_loadable,
     check_retention,
     check_vote,
     class_count,
@@ -30,7 +29,6 @@ from keras_tl_defense.ensemble.arguments import (
     key_words,
     make_roster,
     penultimate,
-    serialize_preprocessing,
 )
 from keras_tl_defense.ensemble.bank import DifferentiatorBank, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
@@ -43,7 +41,7 @@ from keras_tl_defense.ensemble.training import HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.ratios import resolve_ratios
-from keras_tl_defense.saving import save_whole
+from keras_tl_defense.saving import check_loadable, save_whole, serialize_preprocessing
 from keras_tl_defense.serving import export_saved_model
 
 _ADAPTED, _FITTED = 1, 2
@@ -120,8 +118,8 @@ class DifferentiatorEnsemble(keras.Model):
             take images in 0..255. A Keras layer, such as `keras.layers.Rescaling(1 / 255)`, or a
             registered function can be saved with the model.
         search_budget: Images that the search may pass through the Student's first layers to measure
-            candidates, for each training image. It crafts its attacks before: 128 images, 150
-            steps, at each of up to five layers. Defaults to `60`.
+            candidates, for each training image; one candidate is always measured. It crafts its
+            attacks before: 128 images, 150 steps, at each of up to five layers. Defaults to `60`.
         seed: Integer of at least 0 that makes the search, the jitter and training reproducible. Who
             knows it, and which classes a differentiator knows, can recompute its masks; the key
             never comes from it.
@@ -132,7 +130,8 @@ class DifferentiatorEnsemble(keras.Model):
         member_classes: Int array of shape `(differentiators, classes_per_member)`: the classes
             that each one knows.
         ratios: Ratio of each layer that is pruned, or `"auto"` before `adapt`.
-        head_layer: Name of the layer that the heads read.
+        head_layer: Name of the layer that the heads read; with `tune="unfrozen"` the cut, behind
+            which they read the differentiator's own layers.
         cut: Name of the last frozen layer.
         search_history: DataFrame, what the search measured; `None` where nothing was searched, and
             after loading.
@@ -260,8 +259,8 @@ class DifferentiatorEnsemble(keras.Model):
             top = OwnTop(self._graph, tensor, end, top_ratios)
         if not resolved:
             warnings.warn(
-                "No layer is pruned, so the differentiators see what the Student sees and protect "
-                f"hardly at all. Received: ratios={ratios!r}",
+                "No layer is pruned, so nothing about the differentiators is secret but the draw, "
+                f"and at the cut they protect hardly at all. Received: ratios={ratios!r}",
                 stacklevel=3,
             )
         self._bank = DifferentiatorBank(
@@ -567,8 +566,9 @@ class DifferentiatorEnsemble(keras.Model):
     def rekey(self) -> None:
         """Draw a new secret key from the operating system's randomness.
 
-        From now on other differentiators check the same input. Which pairs of classes have one
-        stays as it is. Models that were saved or exported before keep the old key.
+        From now on other differentiators check the same input, where more know a class than check
+        an input. Which pairs of classes have one stays as it is. Models that were saved or exported
+        before keep the old key.
         """
         self._key.assign(new_key())
 

@@ -12,8 +12,8 @@ def describe(defence: Any) -> str:
     made = "to be adapted"
     if defence.adapted:
         made = (
-            f"{len(defence.member_classes)} differentiators, {defence.head} heads at "
-            f"{defence.head_layer!r}, {_decision(defence) if defence.fitted else 'to be fitted'}"
+            f"{len(defence.member_classes)} differentiators, {defence.head} heads {_place(defence)}"
+            f", {_decision(defence) if defence.fitted else 'to be fitted'}"
         )
     name = type(defence).__name__
     return f"<{name} of {defence.student.name!r}, {defence.classes} classes: {made}>"
@@ -32,7 +32,7 @@ def summarise(defence: Any) -> str:
     if not defence.adapted:
         ratios = "found by `adapt`" if defence.ratios == "auto" else defence.ratios
         return "\n".join([*lines, f"  Ratios    {ratios}", "  Next      adapt(x_train, y_train)"])
-    lines.append(f"  Heads     {defence.head}, at {defence.head_layer!r}")
+    lines.append(f"  Heads     {defence.head}, {_place(defence)}")
     for level, rows in defence.sparsity().groupby("level"):
         share = "" if level == 0 else f", by {LEVELS[level]:.0%} of the ratios"
         lines.append(f"  Pruned    in {rows['differentiators'].iloc[0]} of them{share}:")
@@ -52,6 +52,12 @@ def summarise(defence: Any) -> str:
             f"with a score of at least {found.threshold:.3f}"
         )
     return "\n".join(lines)
+
+
+def _place(defence: Any) -> str:
+    """What the heads read."""
+    behind = "on own layers behind" if defence.tune == "unfrozen" else "at"
+    return f"{behind} {defence.head_layer!r}"
 
 
 def _differentiators(defence: Any) -> str:

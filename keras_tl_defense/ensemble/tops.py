@@ -256,7 +256,14 @@ class OwnTop:
 
 
 def _check_ownable(graph: ModelGraph, cut: int, end: int) -> None:
-    for step in steps_between(graph, cut, end):
+    steps = steps_between(graph, cut, end)
+    if all(step.frozen or not getattr(step.layer, "weights", ()) for step in steps):
+        raise ValueError(
+            f"The {graph.role} has no retrained layers between the cut and its last weighted "
+            "layer, so a differentiator would have none of its own. Leave `tune` out. "
+            f"Received: cut={graph.steps[graph.producer[cut]].name!r}"
+        )
+    for step in steps:
         problem = None if step.frozen else obstacle(graph, step)
         if problem is not None:
             raise ValueError(

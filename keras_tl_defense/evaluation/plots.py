@@ -31,7 +31,11 @@ def plot_attacks(
         class_names: Names of the classes.
 
     Returns:
-        A figure. The difference is shown ten times as strong as it is, around grey.
+        A figure. The difference is shown ten times as strong as it is, around grey; the defence's
+        answer is red where the attack succeeds.
+
+    Raises:
+        ValueError: No attack is chosen, or the classes of the sources are not known.
 
     Example:
         >>> details = defence.explain(result.adversarial)
@@ -39,6 +43,10 @@ def plot_attacks(
         >>> figure = plot_attacks(result, *verdicts, [0, 1], [f"class {c}" for c in range(16)])
         >>> figure.savefig("attacks.png")
     """
+    if not len(chosen):
+        raise ValueError("Choose at least one attack to show. Received: chosen=[]")
+    answered = np.asarray(answer)
+    succeeded = (answered > 0) & result.reached(answered - 1)
     titles = ("source", "target", "crafted image", f"difference ×{_AMPLIFY}", "verdicts")
     figure = Figure(figsize=(8.2, 0.35 + 1.35 * len(chosen)), layout="constrained")
     grid = figure.subplots(
@@ -50,7 +58,8 @@ def plot_attacks(
         difference = 127.5 + _AMPLIFY * (crafted - source)
         pictures = (source, result.target[number], crafted, difference)
         for axes, picture in zip(row, pictures, strict=False):
-            axes.imshow(np.clip(picture, 0, 255).astype(np.uint8), interpolation="nearest")
+            pixels = np.clip(picture, 0, 255).astype(np.uint8)
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         if result.y_source is not None:
             row[0].set_xlabel(class_names[result.y_source[number]], fontsize=8)
         if result.y_target is not None:
@@ -64,7 +73,7 @@ def plot_attacks(
             f"defended: {defended}",
             fontsize=9,
             weight="bold",
-            color="tab:red" if answer[number] else "tab:green",
+            color="tab:red" if succeeded[number] else "tab:green",
         )
         for axes in row[:4]:
             axes.set_xticks([])
@@ -150,7 +159,7 @@ def plot_search(history: pd.DataFrame | None) -> Figure:
             zorder=3,
         )
     axes.set_xticks(retention)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.set_xlabel("retention of honest images")
     axes.set_ylabel("attack success: share of all crafted images")
