@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 from scipy.ndimage import median_filter
-from students import CASES, Case, load_attacks, load_case, parser
+from students import CASES, Case, load_attacks, load_case, parser, percent
 
 import keras_tl_defense as ktd
 from keras_tl_defense.attacks import AttackResult
@@ -180,8 +180,7 @@ def row_path(cache: Path, name: str, label: str, attacks: int) -> Path:
 
 def cell(row: Any, name: str) -> str:
     """A count with its Wilson interval in percent."""
-    rate = ktd.Rate.of(np.arange(int(row[f"{name} n"])) < row[name])
-    return f"{rate.count}/{rate.n} ({100 * rate.low:.0f}–{100 * rate.high:.0f})"
+    return percent(np.arange(int(row[f"{name} n"])) < row[name])
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from members import STUDENTS, searched
-from students import load_attacks, load_case, parser
+from students import load_attacks, load_case, parser, percent
 
 import keras_tl_defense as ktd
 
@@ -64,9 +64,7 @@ def main() -> None:
                         hits["votes"].append(reached & votes)
                         hits["calibrated"].append(reached & details["accepted"])
                     for decision, all_tries in hits.items():
-                        cells = [
-                            str(ktd.Rate.of(np.any(all_tries[:count], axis=0))) for count in TRIES
-                        ]
+                        cells = [percent(np.any(all_tries[:count], axis=0)) for count in TRIES]
                         row = (name, selection, sent, kind, decision, *cells)
                         print("| " + " | ".join(row) + " |", flush=True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from students import load_attacks, load_case, parser
+from students import load_attacks, load_case, parser, percent
 
 import keras_tl_defense as ktd
 
@@ -42,7 +42,7 @@ def main() -> None:
                 reached = result.reached(details["student_class"])
                 votes = details["disagreements"] < defence.reject_threshold
                 rates = (reached, reached & votes, reached & details["accepted"])
-                cells = " | ".join(str(ktd.Rate.of(rate)) for rate in rates)
+                cells = " | ".join(percent(rate) for rate in rates)
                 print(f"| {name} | {label} | {kind} | {cells} |", flush=True)
 
 

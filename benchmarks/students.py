@@ -247,6 +247,12 @@ def _augmented(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(np.clip((out - mean) * contrast + mean * shift, 0, 255))
 
 
+def percent(hits: np.ndarray) -> str:
+    """A count with its Wilson interval in percent."""
+    rate = ktd.Rate.of(hits)
+    return f"{rate.count}/{rate.n} ({100 * rate.low:.0f}–{100 * rate.high:.0f})"
+
+
 def parser(
     module: str | None, students: Iterable[str] | None = None, attacks: int = 300
 ) -> argparse.ArgumentParser:
