@@ -121,6 +121,13 @@ def test_pictures(
         "undefended: class 0",
         "defended: class 2",
     ]
+    with pytest.raises(ValueError, match="at least one attack"):
+        plot_attacks(result, student_class, answer, [], names)
+    (hit,) = np.flatnonzero(result.within_budget)[:1]
+    for said, color in ((0, "tab:green"), (1, "tab:red"), (2, "tab:green")):
+        answer[hit] = said and (result.y_target[hit] + said - 1) % 6 + 1
+        verdict = plot_attacks(result, student_class, answer, [hit], names).axes[-1].texts[1]
+        assert verdict.get_color() == color  # red where the attack succeeds
     shown = figure.axes[3].images[0].get_array()
     difference = 10.0 * (result.adversarial[0].astype(float) - result.source[0])
     np.testing.assert_array_equal(shown, np.clip(127.5 + difference, 0, 255).astype(np.uint8))
