@@ -285,7 +285,7 @@ def test_own_layers_go_with_every_kind_of_ensemble(
 
 
 def test_a_student_without_retrained_layers_has_none_to_tune(student: Any) -> None:
-    with pytest.raises(ValueError, match=r"no retrained layers .*Received: cut='fc1'"):
+    with pytest.raises(ValueError, match=r"no retrained layers .*Received: cut='dropout'"):
         ktd.DifferentiatorEnsemble(student, {"conv*": 0.5}, tune="unfrozen")
 
 
