@@ -9,9 +9,11 @@ from typing import Any
 
 from keras_tl_defense._keras import keras
 
-# Layers of the legacy Keras that call a TensorFlow function, method or property by its name.
+# Layers that run what a file names: a TensorFlow function, method or operation, or a SavedModel.
 _CALLS_ANYTHING = (
     "TFOpLambda",
+    "TFSMLayer",
+    "TensorFlowOpLayer",
     "SlicingOpLambda",
     "ClassMethod",
     "InstanceMethod",
@@ -125,9 +127,10 @@ def check_loadable(config: Any, custom_objects: Any = None) -> None:
 
 
 def _check_operator(config: dict[str, Any]) -> None:
-    """Refuse what the legacy Keras makes of TensorFlow functions, but for plain computations.
+    """Refuse layers that run what a file names, but for plain computations.
 
-    It calls any public function that a file names, with any arguments, when it builds the model.
+    The legacy Keras calls any public function of TensorFlow, with any arguments, when it builds a
+    model from a file.
     """
     kind, own = config["class_name"], config.get("config")
     if kind not in _CALLS_ANYTHING:
@@ -136,7 +139,7 @@ def _check_operator(config: dict[str, Any]) -> None:
     if kind in ("TFOpLambda", "SlicingOpLambda") and function.startswith(_COMPUTATIONS):
         return
     raise ValueError(
-        "The file calls a TensorFlow function that may do more than compute. Write the model with "
+        "The file has a layer that may do more than compute. Write the model with "
         "Keras's layers and arithmetic, and save it again. "
         f"Received: {kind} of {function or 'an object'!r}"
     )

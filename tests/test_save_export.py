@@ -228,7 +228,7 @@ def test_a_file_that_names_foreign_code_is_refused(
         )
 
 
-@pytest.mark.parametrize("kind", ["TFOpLambda", "InstanceMethod"])
+@pytest.mark.parametrize("kind", ["TFOpLambda", "InstanceMethod", "TensorFlowOpLayer", "TFSMLayer"])
 def test_a_student_that_writes_files_is_refused(kind: str, defence: Any, tmp_path: Path) -> None:
     """The legacy Keras calls what a layer of a file names, when it builds the model."""
     written = tmp_path / "written.py"
@@ -241,7 +241,7 @@ def test_a_student_that_writes_files_is_refused(kind: str, defence: Any, tmp_pat
         "inbound_nodes": [["_CONSTANT_VALUE", -1, str(written), {"contents": "print()"}]],
     }
     defence.save(tmp_path / "defence.keras")
-    with pytest.raises((ValueError, TypeError), match=r"(?i)more than compute|could not"):
+    with pytest.raises((ValueError, TypeError), match="more than compute"):
         keras.models.load_model(
             tampered(
                 tmp_path / "defence.keras",
