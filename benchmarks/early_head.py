@@ -2,7 +2,7 @@
 
     python benchmarks/early_head.py DATA CACHE [--students lfw-flatten …]
 
-One linear head for each class, fitted as the references' are, on up to 8000 training images, at the
+One linear head for each class, a ridge regression on up to 8000 training images at random, at the
 layer that the search finds for the defence; nothing is pruned and nothing secret. It answers by its
 largest margin, and rejects where the next one is near, with a threshold calibrated on validation
 images. `DATA` and `CACHE` are as for `protection.py`. Prints a table.

@@ -103,11 +103,11 @@ class DifferentiatorEnsemble(keras.Model):
             others is the answer, else 0: this also answers crafted inputs, often with their true
             class. It needs `head="pair"` and all pairs, and asks up to 3(K-1) of them for an input.
         selection: `"keyed"`: drawn by a keyed hash of the input, so that the same input meets the
-            same differentiators every time and trying again does not help. `"random"`: drawn
+            same differentiators every time and sending it again does not help. `"random"`: drawn
             afresh for every answer, which TensorFlow's op determinism does not allow.
         members_per_class: Differentiators that know a class, at least, whose partners are drawn at
             random by the secret key. Defaults to K-1, all pairs; with fewer, their number grows
-            with K, not with K². For groups the default is 10, or as many as can differ.
+            with K, not with K². For groups the default is 10, or fewer where groups would repeat.
         classes_per_member: Classes that a differentiator knows. More than 2 make groups that
             overlap, each class in `members_per_class` of them or more. Defaults to `2`.
         grouping: `"likeness"` gathers classes with similar activations in a group, in other ways

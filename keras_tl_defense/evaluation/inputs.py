@@ -80,7 +80,7 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
             if labels is not None:
                 where = f"attacks[{name!r}].{field}"
                 check_labels(labels, defence.classes, len(result.adversarial), where)
-        result.reached(np.zeros(len(result.adversarial), int))
+        result.reached(np.zeros(len(result.adversarial), int))  # refuses unknown sources
     return attacks
 
 
