@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from members import searched
 from students import load_attacks, load_case, parser, percent
 
 import keras_tl_defense as ktd
@@ -24,7 +25,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for name in arguments.students:
         case = load_case(name, arguments.data, arguments.cache)
-        defence = ktd.DifferentiatorEnsemble(case.student, seed=0, preprocessing=case.preprocessing)
+        defence = ktd.DifferentiatorEnsemble(
+            case.student,
+            seed=0,
+            preprocessing=case.preprocessing,
+            **searched(case, arguments.cache),
+        )
         defence.adapt(case.x_train, case.y_train, verbose=0)
         defence.fit(*case.augmented(), verbose=0)
         defence.calibrate(case.x_val, case.y_val, verbose=0)

@@ -48,6 +48,13 @@ def channel_sources(graph: ModelGraph, blocks: list[Block], cut: int) -> dict[in
     ends = {
         block.tensor: numbers for block, numbers in zip(blocks, number_filters(blocks), strict=True)
     }
+    return masked_tensors(graph, ends, cut)
+
+
+def masked_tensors(
+    graph: ModelGraph, ends: dict[int, np.ndarray], cut: int
+) -> dict[int, np.ndarray]:
+    """What `channel_sources` returns, of filters whose blocks end at these tensors."""
     return {
         tensor: source
         for tensor, source in follow_channels(graph, ends, cut).items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -169,6 +170,10 @@ class ModelGraph:
         if name in self._nested and all(step.name != name for step in self.steps):
             return self._nested[name]
         return self.step(name).outputs[0]
+
+    def size(self, tensor: int) -> int:
+        """Numbers in a tensor, of one example; sizes that are not known count as 1."""
+        return math.prod(size or 1 for size in self.shapes[tensor][1:])
 
     def run(self, inputs: tf.Tensor, wanted: Sequence[int]) -> dict[int, tf.Tensor]:
         """Compute the tensors `wanted` and all they depend on.

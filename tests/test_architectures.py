@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from oracles import Physical
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import LEGACY, keras
+from keras_tl_defense.ensemble.grouped import GroupedBody
+from keras_tl_defense.ensemble.plan import Plan
 
 layers = keras.layers
 CLASSES, PER_CLASS, RATIO = 4, 12, 0.5
@@ -71,10 +74,17 @@ def check_masked(defence: Any, x: np.ndarray) -> None:
     rows = tf.range(len(x))[None]
     scale = np.abs(expected).max()
     assert scale > 0
-    for found in (
-        bank.masked_body(values, rows, tf.constant([member])).numpy(),
-        (body := bank.compact_body(None))(body.load(x), mask, member),
-    ):
+    blocks = bank.masks.blocks
+    late = frozenset(step.name for step in graph.steps)
+    filters = frozenset(block.name for block in blocks if block.kind == "filters")
+    forms = [bank.member_bodies(values, rows, tf.constant([member])).numpy()]
+    forms.append((body := bank.compact_body(None))(body.load(x), mask, member))
+    for plan in (Plan(None), Plan(None, late), Plan(None, masked=filters)):
+        grouped = GroupedBody(graph, tensor, blocks, plan)
+        run = tf.function(partial(grouped, connection_mask=bank.masks.connection_mask))
+        out = run(values, rows, tf.constant([member]), tf.constant(mask[None]))
+        forms.append(out.numpy().reshape(len(x), -1))
+    for found in forms:
         np.testing.assert_allclose(found / scale, expected.reshape(len(x), -1) / scale, atol=1e-4)
 
 

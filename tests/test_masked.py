@@ -13,7 +13,9 @@ from oracles import connection_mask
 from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
+from keras_tl_defense.ensemble.grouped import GroupedBody
 from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.plan import Plan
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.masks import connection_thresholds
 
@@ -34,15 +36,78 @@ def masked(
     connection_mask: Any = no_connections,
 ) -> np.ndarray:
     """Features at the graph's output, all rows in one masked pass."""
+    body = MaskedBody(graph, graph.output, pruned_blocks(graph, bank))
+    return run_rows(body, graph, x, rows, members, bank, connection_mask)
+
+
+def run_rows(
+    body: Any,
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any,
+) -> np.ndarray:
+    """What a body gives of all rows, flattened."""
+
+    @tf.function
+    def run(x: tf.Tensor) -> tf.Tensor:
+        values = graph.run(x, [graph.output])
+        masks = tf.constant(bank[members])
+        return body(values, tf.constant(rows), tf.constant(members), masks, connection_mask)
+
+    return run(tf.constant(x)).numpy().reshape(np.size(rows), -1)
+
+
+def grouped(
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any = no_connections,
+) -> np.ndarray:
+    """The same, every row's differentiator compact."""
+    body = GroupedBody(graph, graph.output, pruned_blocks(graph, bank), Plan(None))
+    return run_rows(body, graph, x, rows, members, bank, connection_mask)
+
+
+def late(
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any = no_connections,
+) -> np.ndarray:
+    """Compact, with outputs dropped from what layers compute, and every second block masked."""
     blocks = pruned_blocks(graph, bank)
-    features = MaskedBody(graph, graph.output, blocks)(
-        graph.run(tf.constant(x), [graph.output]),
-        tf.constant(rows),
-        tf.constant(members),
-        tf.constant(bank),
-        connection_mask,
-    )
-    return np.asarray(features)
+    names = [block.name for block in blocks if block.kind == "filters"]
+    plan = Plan(None, frozenset(step.name for step in graph.steps), frozenset(names[1::2]))
+    body = GroupedBody(graph, graph.output, blocks, plan)
+    return run_rows(body, graph, x, rows, members, bank, connection_mask)
+
+
+def split(
+    graph: ModelGraph,
+    x: np.ndarray,
+    rows: np.ndarray,
+    members: np.ndarray,
+    bank: np.ndarray,
+    connection_mask: Any = no_connections,
+) -> np.ndarray:
+    """Compact up to the middle of the network, and masked from there."""
+    blocks = pruned_blocks(graph, bank)
+    between = graph.bottlenecks(graph.output)
+    half = between[len(between) // 2]
+    first = GroupedBody(graph, half, blocks, Plan(half))
+    rest = MaskedBody(graph, graph.output, blocks, half)
+
+    def body(*given: Any) -> tf.Tensor:
+        return rest(*given, first(*given))
+
+    return run_rows(body, graph, x, rows, members, bank, connection_mask)
 
 
 def compact(
@@ -70,7 +135,7 @@ def pruned_blocks(graph: ModelGraph, bank: np.ndarray) -> list[Any]:
     return [b for b in blocks if b.kind == "filters"] if bank.shape[1] else blocks
 
 
-each_form = pytest.mark.parametrize("run", [masked, compact])
+each_form = pytest.mark.parametrize("run", [masked, compact, grouped, late, split])
 
 
 class Widths:

@@ -18,7 +18,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.mask_bank import LEVELS, MaskBank, assign_rows
-from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.member_bodies import MemberBodies
 from keras_tl_defense.ensemble.roster import Roster, find_members, pair_number
 from keras_tl_defense.ensemble.selection import draw
 from keras_tl_defense.ensemble.tops import OwnTop
@@ -66,7 +66,7 @@ class DifferentiatorBank(keras.layers.Layer):
         super().__init__(trainable=False, **kwargs)
         blocks = [b.checked() for b in find_blocks(graph, before=tensor) if b.name in ratios]
         self._graph = graph
-        self._body = MaskedBody(graph, tensor, blocks)
+        self._body = MemberBodies(graph, tensor, blocks, ratios)
         self.tensor = tensor
         self._roster, self._head = roster, head
         self.top = top
@@ -211,8 +211,8 @@ class DifferentiatorBank(keras.layers.Layer):
     def body_features(
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
     ) -> tf.Tensor:
-        """What the heads read of images, under the masks of differentiators; see `MaskedBody`."""
-        body = self.masked_body(values, rows, members)
+        """What the heads read of images, under the masks of differentiators; see `MemberBodies`."""
+        body = self.member_bodies(values, rows, members)
         if self.top is None:
             return body
         body = tf.reshape(body, (-1, *self.top.cut_shape))
@@ -220,11 +220,11 @@ class DifferentiatorBank(keras.layers.Layer):
             body, members, tf.shape(rows)[1], self._top_weights, self._top_kept
         )
 
-    def masked_body(
+    def member_bodies(
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
     ) -> tf.Tensor:
-        """The frozen body under the masks of differentiators; see `MaskedBody`."""
-        filters = tf.convert_to_tensor(self.masks.filters)
+        """The frozen body under the masks of differentiators; see `MemberBodies`."""
+        filters = tf.gather(self.masks.filters, members)
         return self._body(values, rows, members, filters, self.masks.connection_mask)
 
     def compact_body(self, preprocessing: Any) -> CompactBody:
@@ -293,7 +293,7 @@ class DifferentiatorBank(keras.layers.Layer):
         """
         images, count = tf.shape(values[self.tensor])[0], len(self.references)
         rows = tf.tile(tf.range(images)[None], [count, 1])
-        features = self.masked_body(values, rows, tf.constant(self.references, tf.int32))
+        features = self.member_bodies(values, rows, tf.constant(self.references, tf.int32))
         kernel = tf.convert_to_tensor(self.reference_kernel)
         features = tf.reshape(tf.cast(features, kernel.dtype), (count, images, kernel.shape[1]))
         margins = tf.linalg.matmul(features, kernel) + self.reference_bias[:, None]

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from keras_tl_defense.blocks import Block
 from keras_tl_defense.channels import number_filters
-from keras_tl_defense.ensemble.compact import Channels, CompactLayers, obstacle
+from keras_tl_defense.ensemble.compact import CompactLayers, can_gather, steps_between
 from keras_tl_defense.ensemble.masked import ConnectionMask
-from keras_tl_defense.graph import ModelGraph, Step
+from keras_tl_defense.graph import ModelGraph
 
 _ROW_BYTES = 64 << 20  # for one tensor of the images that are computed at once
 
@@ -20,7 +20,7 @@ _ROW_BYTES = 64 << 20  # for one tensor of the images that are computed at once
 class CompactBody:
     """The layers from a model's input to a tensor under one differentiator's masks, compact.
 
-    It gives what `MaskedBody` gives, one differentiator at a time, and its arithmetic shrinks with
+    It gives what `MemberBodies` gives, one differentiator at a time. Its arithmetic shrinks with
     what is pruned: for training, where each differentiator sees many images.
 
     Args:
@@ -51,13 +51,13 @@ class CompactBody:
         self._start = _last_unpruned(graph, tensor, blocks)
         self._layers = CompactLayers(
             graph,
-            self._start,
+            steps_between(graph, self._start, tensor),
             tensor,
             self._filters,
-            gathered=lambda step: step.name in self._connections or _can_gather(graph, step),
+            gathered=lambda step: step.name in self._connections or can_gather(graph, step),
         )
         steps = [graph.steps[number] for number in graph.ancestors(tensor)]
-        largest = max((_size(graph, step.outputs[0]) for step in steps), default=1)
+        largest = max((graph.size(step.outputs[0]) for step in steps), default=1)
         self._at_once = int(np.clip(_ROW_BYTES // (4 * largest), 1, 512))
         self._loader: Any = None
         self._compiled: dict[tuple[int, ...], Any] = {}
@@ -86,7 +86,7 @@ class CompactBody:
         """
         kept = [np.flatnonzero(mask[numbers]).astype(np.int32) for numbers in self._numbers]
         run = self._function(tuple(len(filters) for filters in kept))
-        size = _size(self._graph, self._tensor)
+        size = self._graph.size(self._tensor)
         return self._in_parts(
             lambda values: run(
                 tf.constant(values), [tf.constant(k) for k in kept], tf.constant(member, tf.int32)
@@ -122,7 +122,7 @@ class CompactBody:
         if self._start == self._graph.input:
             values = self._values_at_start(values)
         names = [block.name for block in self._filters]
-        channels = Channels(self._layers, dict(zip(names, kept, strict=True)))
+        channels = self._layers.keep(dict(zip(names, kept, strict=True)))
         weights = {
             name: tf.convert_to_tensor(weight.variable)
             for name, weight in self._layers.weights.items()
@@ -131,9 +131,11 @@ class CompactBody:
             assert self._connection_mask is not None
             mask = self._connection_mask(name, member)
             weights[f"{name}/kernel"] *= tf.cast(mask, tf.float32)
-        found = self._layers.forward(values, channels.narrow_weights(weights), channels)
+        found = self._layers.forward(
+            {self._start: values}, channels.narrow_weights(weights), channels
+        )
         features = channels.widen(found[self._tensor], self._tensor)
-        return tf.cast(tf.reshape(features, (-1, _size(self._graph, self._tensor))), tf.float32)
+        return tf.cast(tf.reshape(features, (-1, self._graph.size(self._tensor))), tf.float32)
 
 
 def _compiled(function: Any, *signature: Any) -> Any:
@@ -147,17 +149,6 @@ def _last_unpruned(graph: ModelGraph, tensor: int, blocks: Sequence[Block]) -> i
     found = graph.input
     for candidate in graph.bottlenecks(tensor):
         names = {graph.steps[number].name for number in graph.ancestors(candidate)}
-        if names.isdisjoint(pruned) and _size(graph, candidate) <= _size(graph, graph.input):
+        if names.isdisjoint(pruned) and graph.size(candidate) <= graph.size(graph.input):
             found = candidate
     return found
-
-
-def _can_gather(graph: ModelGraph, step: Step) -> bool:
-    """Whether a layer has weights and computes the same when they are gathered."""
-    softmax = "softmax" in getattr(getattr(step.layer, "activation", None), "__name__", "")
-    single = getattr(step.layer, "compute_dtype", "float32") == "float32"
-    return obstacle(graph, step) is None and single and not softmax
-
-
-def _size(graph: ModelGraph, tensor: int) -> int:
-    return int(tf.TensorShape(graph.shapes[tensor][1:]).num_elements() or 1)

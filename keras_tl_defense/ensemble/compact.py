@@ -6,7 +6,7 @@ differentiator, and one traced graph serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import Block
-from keras_tl_defense.channels import follow_channels, number_filters
+from keras_tl_defense.channels import follow_channels, masked_tensors, number_filters
 from keras_tl_defense.graph import ModelGraph, Step
-from keras_tl_defense.layer_kinds import treats_channels_alike
+from keras_tl_defense.layer_kinds import is_product, treats_channels_alike
 
 _layers = keras.layers
 _GATHERED = (
@@ -47,7 +47,7 @@ class Weight:
 
 
 class CompactLayers:
-    """The layers between two tensors, run without the filters that are removed.
+    """Some layers, run without the filters that are removed.
 
     Weights are dicts from `"layer/kernel"` and the like to arrays or tensors. Kept filters are
     dicts from the names of pruned convolutions to sorted int32 arrays. A layer that is not gathered
@@ -56,42 +56,67 @@ class CompactLayers:
 
     Args:
         graph: The Student.
-        start: Number of the tensor at which the layers begin; all else of the Student that they
-            need must pass through it.
+        steps: The layers' steps, in the order in which they run.
         end: Number of the tensor at which they end.
         filters: The pruned convolutions.
         gathered: Whether a layer runs with gathered weights. Those that are pruned should.
+        late: Names of gathered layers whose kernels keep all outputs, which are dropped from what
+            the layer computes: cheaper where it has few positions.
+        masked: Names of pruned convolutions whose channels all stay and are set to 0: cheaper where
+            a sum follows, which needs all channels.
 
     Attributes:
-        steps: The layers' steps.
+        steps: As given.
         weights: The weights of the gathered layers.
+        sources: For each tensor with channels that may be removed, the filter of each channel.
     """
 
     def __init__(
         self,
         graph: ModelGraph,
-        start: int,
+        steps: Sequence[Step],
         end: int,
         filters: Sequence[Block],
         gathered: Callable[[Step], bool],
+        late: Collection[str] = (),
+        masked: Collection[str] = (),
     ) -> None:
         self._graph = graph
-        self._start = start
-        self.steps = steps_between(graph, start, end)
+        self.steps = steps
+        self._late = late
         self.weights: dict[str, Weight] = {}
         for step in self.steps:
             if gathered(step):
-                self.weights.update(_layer_weights(step))
+                self.weights.update(layer_weights(step, late=step.name in late))
         self._gathered = {weight.layer for weight in self.weights.values()}
         numbers = number_filters(list(filters))
         self.numbers = {b.name: n for b, n in zip(filters, numbers, strict=True)}
         self.filter_count = sum(block.units for block in filters)
-        starts = {block.step.outputs[0]: n for block, n in zip(filters, numbers, strict=True)}
+        starts = {b.step.outputs[0]: self.numbers[b.name] for b in filters if b.name not in masked}
+        ends = {b.tensor: self.numbers[b.name] for b in filters if b.name in masked}
+        self._masks = masked_tensors(graph, ends, end)
         # A channel of no pruned layer counts as one more filter, which always stays.
         self.sources = {
             tensor: np.where(source < 0, self.filter_count, source)
             for tensor, source in follow_channels(graph, starts, end).items()
         }
+
+    def keep(self, kept: Mapping[str, Any]) -> Channels:
+        """What stays when these filters are kept: arrays, tensors or variables of known shapes."""
+        first = {name: np.arange(filters.shape[0]) for name, filters in kept.items()}
+        numbers = [
+            tf.cast(filters, tf.int32) + int(self.numbers[name][0])
+            for name, filters in kept.items()
+        ]
+        index = tf.concat([*numbers, tf.constant([self.filter_count])], axis=0)
+        stays = tf.scatter_nd(index[:, None], tf.ones_like(index, tf.bool), [self.filter_count + 1])
+        widths = {tensor: len(self.channels(tensor, first)) for tensor in self.sources}
+        return Channels(self, stays, widths)
+
+    def keep_masked(self, mask: tf.Tensor) -> Channels:
+        """What stays under a boolean mask of all filters, `(filters,)`, of any number."""
+        stays = tf.concat([mask, [True]], axis=0)
+        return Channels(self, tf.ensure_shape(stays, [self.filter_count + 1]), {})
 
     def channels(self, tensor: int, kept: Arrays) -> np.ndarray:
         """Numbers of the channels of a tensor that stay when these filters are kept."""
@@ -104,26 +129,44 @@ class CompactLayers:
         return np.flatnonzero(stays[self.sources[tensor]])
 
     def forward(
-        self, values: tf.Tensor, weights: Mapping[str, Any], channels: Channels
+        self, start: Mapping[int, tf.Tensor], weights: Mapping[str, Any], channels: Channels
     ) -> dict[int, tf.Tensor]:
-        """Every tensor after the start, compact.
+        """Every tensor that the layers return, compact.
 
         Args:
-            values: The tensor at the start.
+            start: The tensors at which the layers begin, compact.
             weights: Compact weights of the gathered layers.
             channels: What stays.
         """
-        found = {self._start: values}
+        found = {tensor: self._masked(x, tensor, channels) for tensor, x in start.items()}
         for step in self.steps:
             if step.name in self._gathered:
-                found[step.outputs[0]] = _run_gathered(step, found, weights, channels)
+                late = step.name in self._late
+                found[step.outputs[0]] = _run_gathered(step, found, weights, channels, late)
+            elif isinstance(step.layer, _layers.Flatten):  # Keras's wants to know the channels
+                x = found[step.inputs[0]]
+                found[step.outputs[0]] = tf.reshape(x, (tf.shape(x)[0], -1))
             elif treats_channels_alike(step.layer):
                 found.update(zip(step.outputs, step(found), strict=True))
+            elif is_product(step):
+                (out,) = step.outputs
+                same = {t: channels.move(found[t], t, out) for t in step.inputs}
+                (found[out],) = step(same)
             else:
                 full = {t: channels.widen(found[t], t) for t in step.inputs}
                 for tensor, value in zip(step.outputs, step(full), strict=True):
                     found[tensor] = channels.narrow(value, tensor)
+            for tensor in step.outputs:
+                found[tensor] = self._masked(found[tensor], tensor, channels)
         return found
+
+    def _masked(self, x: tf.Tensor, tensor: int, channels: Channels) -> tf.Tensor:
+        if tensor not in self._masks:
+            return x
+        kept = channels.stays(self._masks[tensor])
+        if tensor in self.sources:
+            kept = channels.narrow(kept, tensor)
+        return x * tf.cast(kept, x.dtype)
 
 
 class Channels:
@@ -131,27 +174,29 @@ class Channels:
 
     Args:
         layers: The layers.
-        kept: Kept filters: arrays, tensors or variables of known shapes.
+        stays: Boolean tensor of shape `(filters + 1,)`, the last of which is `True`.
+        widths: How many channels of a tensor stay, where that is known.
     """
 
-    def __init__(self, layers: CompactLayers, kept: Mapping[str, Any]) -> None:
+    def __init__(self, layers: CompactLayers, stays: tf.Tensor, widths: Mapping[int, int]) -> None:
         self._layers = layers
-        self._first = {name: np.arange(filters.shape[0]) for name, filters in kept.items()}
-        numbers = [tf.constant([layers.filter_count])]
-        for name, filters in kept.items():
-            numbers.append(tf.cast(filters, tf.int32) + int(layers.numbers[name][0]))
-        index = tf.concat(numbers, axis=0)
-        self._stays = tf.scatter_nd(
-            index[:, None], tf.ones_like(index, tf.bool), [layers.filter_count + 1]
-        )
+        self._stays = stays
+        self._widths = widths
+        self._indices: dict[bytes, tf.Tensor] = {}
 
     def narrow(self, x: tf.Tensor, tensor: int, axis: int = -1) -> tf.Tensor:
         """Gather the channels of `tensor` that stay, along an axis of `x`."""
         if tensor not in self._layers.sources:
             return x
-        index = tf.where(tf.gather(self._stays, self._layers.sources[tensor]))[:, 0]
-        index = tf.ensure_shape(index, [len(self._layers.channels(tensor, self._first))])
-        return tf.gather(x, index, axis=axis)
+        sources = self._layers.sources[tensor]
+        known = sources.tobytes()
+        if known not in self._indices:
+            index = tf.where(self.stays(sources))[:, 0]
+            index = tf.ensure_shape(index, [self._widths.get(tensor)])
+            self._indices[known] = tf.cast(index, tf.int32)
+        if axis == -1 and len(x.shape) > 1:
+            return _gather_columns(x, self._indices[known])
+        return tf.gather(x, self._indices[known], axis=axis)
 
     def narrow_weights(self, weights: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Gather whole weights of the gathered layers to the channels that stay."""
@@ -162,17 +207,45 @@ class Channels:
             narrowed[name] = tensor
         return narrowed
 
+    def stays(self, sources: np.ndarray) -> tf.Tensor:
+        """Which of these filters stay, a boolean tensor; -1 stands for one that always does."""
+        return tf.gather(self._stays, np.where(sources < 0, self._layers.filter_count, sources))
+
     def widen(self, x: tf.Tensor, tensor: int) -> tf.Tensor:
         """Put zeros where channels of `tensor` were removed, along the last axis of `x`."""
         if tensor not in self._layers.sources:
             return x
-        stays = tf.gather(self._stays, self._layers.sources[tensor])
-        place = tf.maximum(tf.cumsum(tf.cast(stays, tf.int32)) - 1, 0)
-        return tf.where(stays, tf.gather(x, place, axis=-1), tf.zeros((), x.dtype))
+        stays = self.stays(self._layers.sources[tensor])
+        place = tf.where(stays, tf.cumsum(tf.cast(stays, tf.int32)) - 1, tf.shape(x)[-1])
+        return _gather_columns(x, place, zero=True)
+
+    def move(self, x: tf.Tensor, tensor: int, other: int) -> tf.Tensor:
+        """Keep the channels that stay in another tensor instead of those that stay in `tensor`."""
+        sources = self._layers.sources
+        if np.array_equal(sources.get(tensor, ()), sources.get(other, ())):
+            return x
+        return self.narrow(self.widen(x, tensor), other)
+
+
+def _gather_columns(x: tf.Tensor, index: tf.Tensor, zero: bool = False) -> tf.Tensor:
+    """`tf.gather(x, index, axis=-1)`, as whole rows, which are faster to copy than single numbers.
+
+    With `zero`, the index after the last stands for zeros.
+    """
+    rows = tf.transpose(tf.reshape(x, (-1, tf.shape(x)[-1])))
+    if zero:
+        rows = tf.pad(rows, [[0, 1], [0, 0]])
+    found = tf.transpose(tf.gather(rows, index))
+    found = tf.reshape(found, tf.concat([tf.shape(x)[:-1], tf.shape(index)], axis=0))
+    return tf.ensure_shape(found, [*x.shape[:-1], index.shape[0]])
 
 
 def _run_gathered(
-    step: Step, values: dict[int, tf.Tensor], weights: Mapping[str, Any], channels: Channels
+    step: Step,
+    values: dict[int, tf.Tensor],
+    weights: Mapping[str, Any],
+    channels: Channels,
+    late: bool,
 ) -> tf.Tensor:
     """The output of a layer under gathered weights, in inference mode."""
     layer = step.layer
@@ -208,6 +281,8 @@ def _run_gathered(
         x = tf.nn.convolution(
             x, own["kernel"], layer.strides, padding, dilations=layer.dilation_rate
         )
+    if late and not isinstance(layer, _layers.DepthwiseConv2D):
+        x = channels.narrow(x, step.outputs[0])
     if "bias" in own:
         x += own["bias"]
     return layer.activation(x)
@@ -250,15 +325,22 @@ def obstacle(graph: ModelGraph, step: Step) -> str | None:
     return None
 
 
-def _layer_weights(step: Step) -> dict[str, Weight]:
-    """The weights of a layer, by `"layer/kernel"` and the like."""
+def can_gather(graph: ModelGraph, step: Step) -> bool:
+    """Whether a layer has weights and computes the same when they are gathered."""
+    softmax = "softmax" in getattr(getattr(step.layer, "activation", None), "__name__", "")
+    single = getattr(step.layer, "compute_dtype", "float32") == "float32"
+    return obstacle(graph, step) is None and single and not softmax
+
+
+def layer_weights(step: Step, late: bool = False) -> dict[str, Weight]:
+    """The weights of a layer, by `"layer/kernel"` and the like; see `CompactLayers`."""
     layer, before, after = step.layer, step.inputs[0], step.outputs[0]
     depthwise = isinstance(layer, _layers.DepthwiseConv2D)
     parts = {part: getattr(layer, part, None) for part in ("kernel", "bias", "gamma", "beta")}
     if hasattr(layer, "depthwise_kernel"):  # the legacy Keras's name
         parts["kernel"] = layer.depthwise_kernel
     channels = {part: {-1: after} for part in parts}
-    channels["kernel"] = {-2: before} if depthwise else {-2: before, -1: after}
+    channels["kernel"] = {-2: before} if depthwise or late else {-2: before, -1: after}
     return {
         f"{step.name}/{part}": Weight(step.name, variable, channels[part])
         for part, variable in parts.items()

@@ -19,36 +19,27 @@ ConnectionMask = Callable[[str, tf.Tensor], tf.Tensor]
 
 
 class MaskedBody:
-    """The layers from a model's input to its cut, with filters and connections masked per row.
+    """The layers from a model's input to a tensor, with filters and connections masked per row.
 
     Args:
         graph: The Student.
-        cut: Number of the tensor at which the body ends.
+        end: Number of the tensor at which they end; each of them returns one tensor.
         blocks: The layers that are pruned; filters are numbered in this order, one block after the
             other.
-
-    Attributes:
-        row_bytes: Size of the largest tensor of a row.
+        start: Number of a tensor that everything passes through, of which each row has its own;
+            the layers begin there.
     """
 
-    def __init__(self, graph: ModelGraph, cut: int, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, graph: ModelGraph, end: int, blocks: Sequence[Block], start: int | None = None
+    ) -> None:
         self._graph = graph
-        self._cut = cut
-        self._steps = [graph.steps[index] for index in graph.ancestors(cut)]
-        for step in self._steps:
-            if len(step.outputs) != 1:
-                raise ValueError(
-                    f"The layer {step.name!r} of the frozen part returns {len(step.outputs)} "
-                    "tensors. Cut the Student before it with `cut=`. "
-                    f"Received: layer={step.name!r}"
-                )
+        self._start, self._end = start, end
+        done = set() if start is None else set(graph.ancestors(start))
+        self._steps = [graph.steps[index] for index in graph.ancestors(end) if index not in done]
         filters = [block for block in blocks if block.kind == "filters"]
-        self._sources = channel_sources(graph, filters, cut)
+        self._sources = channel_sources(graph, filters, end)
         self._connections = {block.name for block in blocks if block.kind == "connections"}
-        self.row_bytes = 4 * max(
-            tf.TensorShape(graph.shapes[step.outputs[0]][1:]).num_elements() or 1
-            for step in self._steps
-        )
 
     def __call__(
         self,
@@ -57,24 +48,26 @@ class MaskedBody:
         members: tf.Tensor,
         filter_masks: tf.Tensor,
         connection_mask: ConnectionMask,
+        started: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Features at the cut.
+        """The tensor at the end.
 
         Args:
             values: The unmasked tensors of a pass over the images, from `ModelGraph.run`.
             rows: Int tensor of shape `(groups, n)`: for each row the number of its image.
             members: Int tensor of shape `(groups,)`: the differentiator of each group of rows.
-            filter_masks: Boolean tensor of shape `(differentiators, filters)`, `True` to keep.
+            filter_masks: Boolean tensor of shape `(groups, filters)`, `True` to keep.
             connection_mask: The mask of a Dense layer's kernel for one differentiator.
+            started: Where the layers begin at a tensor, that tensor of each row.
 
         Returns:
-            Float tensor of shape `(groups * n, features)`, the cut flattened.
+            Float tensor of shape `(groups * n, …)`.
         """
         flat_rows = tf.reshape(rows, [-1])
         per_group = tf.shape(rows)[1]
-        owned = tf.cast(tf.gather(filter_masks, members), tf.float32)
+        owned = tf.cast(filter_masks, tf.float32)
         owned = tf.concat([owned, tf.ones_like(owned[:, :1])], axis=1)
-        masked: dict[int, tf.Tensor] = {}
+        masked = {} if self._start is None else {self._start: started}
 
         def value(tensor: int) -> tf.Tensor:
             if tensor not in masked:
@@ -98,9 +91,7 @@ class MaskedBody:
                 shape = [tf.shape(mask)[0], *[1] * (rank - 2), mask.shape[1]]
                 unmasked = value(tensor)
                 masked[tensor] = unmasked * tf.reshape(tf.cast(mask, unmasked.dtype), shape)
-        features = value(self._cut)
-        width = int(tf.TensorShape(self._graph.shapes[self._cut][1:]).num_elements())
-        return tf.reshape(features, (-1, width))
+        return value(self._end)
 
 
 def _masked_dense(

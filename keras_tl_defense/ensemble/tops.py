@@ -69,7 +69,7 @@ class OwnTop:
     def __init__(self, graph: ModelGraph, cut: int, end: int, ratios: Mapping[str, Ratio]) -> None:
         _check_ownable(graph, cut, end)
         self._graph = graph
-        self._end = end
+        self._cut, self._end = cut, end
         self.cut_shape = graph.shapes[cut][1:]
         self.features = _feature_count(graph, end)
         prunable = own_blocks(graph, cut, end)
@@ -81,7 +81,11 @@ class OwnTop:
             f"{block.name}/kernel": block for block in self.blocks if block.kind == "connections"
         }
         self._layers = CompactLayers(
-            graph, cut, end, self._filters, gathered=lambda step: not step.frozen
+            graph,
+            steps_between(graph, cut, end),
+            end,
+            self._filters,
+            gathered=lambda step: not step.frozen,
         )
         self._weights = self._layers.weights
 
@@ -168,8 +172,9 @@ class OwnTop:
         Returns:
             Float32 tensor of shape `(n, features)`.
         """
-        channels = Channels(self._layers, kept)
-        return self._features(self._layers.forward(cut_values, weights, channels), channels)
+        channels = self._layers.keep(kept)
+        found = self._layers.forward({self._cut: cut_values}, weights, channels)
+        return self._features(found, channels)
 
     def run_members(
         self,
