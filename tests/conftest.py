@@ -94,10 +94,18 @@ def fitted(student: Any, images: Images, ratios: Any, **options: Any) -> Any:
 
 
 def weights_of(defence: Any) -> dict[str, np.ndarray]:
-    """The weights of all differentiators, by their names."""
+    """The weights of all differentiators, by their names, unpacked: masks and heads."""
     bank = defence.get_layer("differentiators")
     names = (w.name.split(":")[0].split("/")[-1] for w in bank.weights)
-    return {name: np.array(w) for name, w in zip(names, bank.weights, strict=True)}
+    found = {name: np.array(w) for name, w in zip(names, bank.weights, strict=True)}
+    units = sum(block.units for block in bank.masks.blocks if block.kind == "filters")
+    bits = np.unpackbits(found.pop("filter_bits"), axis=1, count=units, bitorder="little")
+    for prefix, heads in (("", bank.heads), ("reference_", bank.reference_heads)):
+        kernel, scale, bias = map(np.array, heads.weights)
+        assert kernel.dtype == np.float16
+        found[f"{prefix}kernel"] = kernel.astype(np.float32) * scale[..., None]
+        found[f"{prefix}bias"] = bias
+    return {**found, "filter_masks": bits.astype(bool)}
 
 
 def draw_history() -> pd.DataFrame:

@@ -78,7 +78,7 @@ class PlainDefence:
     def references(self, x: np.ndarray) -> list[np.ndarray]:
         """Margins for all classes; without jitter there is one reference."""
         (kernel,), (bias,) = self.heads["reference_kernel"], self.heads["reference_bias"]
-        return [self.features(range(CLASSES), x) @ kernel + bias]
+        return [self.features(range(CLASSES), x) @ kernel.T + bias]
 
     def answer(
         self, x: np.ndarray, student_class: np.ndarray, members: np.ndarray, threshold: int

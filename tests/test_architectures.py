@@ -64,7 +64,7 @@ def check_masked(defence: Any, x: np.ndarray) -> None:
     tensor = bank.tensor
     x = x[:3].astype(np.float32)
     member = bank.count - 1
-    mask, removed, start = bank.masks.filter_mask(member), {}, 0
+    mask, removed, start = bank.masks.filter_masks([member])[0].numpy(), {}, 0
     for block in bank.masks.blocks:
         if block.kind == "filters":
             removed[block.name] = np.flatnonzero(~mask[start : start + block.units])
@@ -93,7 +93,7 @@ def check_sparsity(defence: Any) -> None:
     bank = defence.get_layer("differentiators")
     shares = [(1, 1), (3, 4), (1, 2)]  # of the ratio, at each level
     for member, level in enumerate(np.array(bank.masks.levels)):  # the last are the references
-        mask, start = bank.masks.filter_mask(member), 0
+        mask, start = bank.masks.filter_masks([member])[0].numpy(), 0
         over, under = shares[level]
         for block in bank.masks.blocks:
             gone = np.sum(~mask[start : start + block.units])

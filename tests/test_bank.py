@@ -131,7 +131,7 @@ def test_heads_can_read_an_earlier_layer(student: Any, images: Images, tmp_path:
     defence = fitted(student, images, {"conv1": 0.5}, head_layer="pool1", ensemble_size=3)
     assert (defence.head_layer, defence.cut) == ("pool1", "dropout")
     assert weights_of(defence)["kernel"].shape == (15, 2, 6 * 6 * 8)
-    assert weights_of(defence)["reference_kernel"].shape == (4, 6 * 6 * 8, CLASSES)
+    assert weights_of(defence)["reference_kernel"].shape == (4, CLASSES, 6 * 6 * 8)
     rates = defence.evaluate(images.x_test, images.y_test, verbose=0)
     assert rates["clean_acceptance"].rate > 0.8
     defence.save(tmp_path / "defence.keras")

@@ -15,14 +15,19 @@ from keras_tl_defense.data import Batches
 from keras_tl_defense.ensemble import training
 from keras_tl_defense.ensemble.training import (
     choose_rows,
+    members_at_once,
     sample_classes,
     train_heads,
     train_reference,
 )
 
 
+def own_rngs(members: Any) -> list[np.random.Generator]:
+    return [np.random.default_rng([0, int(member)]) for member in members]
+
+
 @pytest.mark.parametrize("head", ["pair", "one_vs_rest"])
-def test_chunks_give_what_one_piece_gives(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_what_one_piece_gives(head: Any) -> None:
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(4), 6)
     x = rng.normal(0, 1, (24, 15)).astype(np.float32) + y[:, None]
@@ -33,53 +38,28 @@ def test_chunks_give_what_one_piece_gives(head: Any, monkeypatch: pytest.MonkeyP
     def member_features(images: np.ndarray, member: int) -> np.ndarray:
         return images * scales[member]
 
-    def train(chunk_bytes: int) -> Any:
-        monkeypatch.setattr(training, "_CHUNK_BYTES", chunk_bytes)
-        done: list[int] = []
-        heads = train_heads(
-            member_features,
-            sample,
-            np.arange(len(pairs)),
-            pairs,
-            15,
-            head,
-            rng=np.random.default_rng(0),
-            progress=done.append,
-        )
-        assert sum(done) == len(pairs)
-        return heads
+    def train(members: np.ndarray) -> Any:
+        given = (member_features, sample, members, pairs[members], 15, head)
+        return train_heads(*given, own_rngs(members))
 
-    whole = train(1 << 30)
+    whole = train(np.arange(6))
     assert whole.kernel.shape == (6, 1 if head == "pair" else 2, 15)
     assert whole.accuracy.shape == whole.loss.shape == (6,)
-    for chunk_bytes in (1, 2 * 140 * 4 * 140 * 4):
-        for part, expected in zip(train(chunk_bytes), whole, strict=True):
-            np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-4)
+    for members in np.split(np.arange(6), [1, 4]):
+        for part, expected in zip(train(members), whole, strict=True):
+            np.testing.assert_allclose(part, expected[members], rtol=1e-3, atol=1e-4)
 
 
-def test_a_chunk_counts_the_rows_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_counts_the_rows_squared() -> None:
     """With few features the products of the images are what takes memory."""
-    sizes = []
-    fit_heads = training.fit_heads
-
-    def spy(features: np.ndarray, *rest: np.ndarray) -> Any:
-        sizes.append(features.shape)
-        return fit_heads(features, *rest)
-
-    monkeypatch.setattr(training, "fit_heads", spy)
-    monkeypatch.setattr(training, "_CHUNK_BYTES", 1 << 20)
-    rng = np.random.default_rng(0)
-    y = np.repeat(np.arange(9), 6)
-    x = rng.normal(0, 1, (54, 2)).astype(np.float32)
-    sample = sample_classes(Batches(x, y, shape=(2,), classes=9), 6, rng)
-    pairs = np.stack(np.triu_indices(9, 1), axis=1)
-    members = np.arange(len(pairs))
-    options: dict[str, Any] = {"rng": rng, "progress": lambda _: None}
-    train_heads(lambda images, _: images, sample, members, pairs, 2, "one_vs_rest", **options)
-    assert sum(bodies for bodies, _, _ in sizes) == 36
-    for bodies, rows, _ in sizes:
-        assert rows == 140  # of two classes, and 128 others
-        assert 4 * 4 * bodies * rows**2 <= 1 << 20
+    sample = training.ClassImages(np.zeros((54, 2)), np.full(9, 6), 54)
+    rows = 2 * 6 + 128
+    products = 4 * 4 * 4 * rows**2
+    assert members_at_once(sample, 2, 2, 10 * products) == 10
+    assert members_at_once(sample, 2, 2, 1) == 1
+    assert members_at_once(sample, 2, 2, 1 << 40) == 64
+    features = 4 * 4 * rows * 9999
+    assert members_at_once(sample, 2, 9999, 10 * features) == 10
 
 
 def test_members_keep_their_own_masks() -> None:
@@ -103,8 +83,7 @@ def test_members_keep_their_own_masks() -> None:
         pairs[members],
         15,
         "pair",
-        rng=np.random.default_rng(0),
-        progress=lambda count: None,
+        own_rngs(members),
     )
     assert set(asked) == {1, 4}
     for head, member in enumerate(members):
@@ -130,13 +109,13 @@ def test_the_reference_has_a_head_for_each_class(monkeypatch: pytest.MonkeyPatch
         return images
 
     kernel, bias = train_reference(member_features, sample, 6, width=9)
-    assert kernel.shape == (9, 4)
+    assert kernel.shape == (4, 9)
     assert bias.shape == (4,)
     assert seen == [5 + 6 + 7 + 22]
     monkeypatch.setattr(training, "_SAMPLE_BYTES", 4 * 9 * 24)
     train_reference(member_features, sample, 6, width=9)
     assert seen[1:] == [5 + 6 + 6 + 6]
-    margins = x @ kernel + bias
+    margins = x @ kernel.T + bias
     np.testing.assert_array_equal(margins.argmax(axis=1), y)
     assert ((margins > 0) == (np.arange(4) == y[:, None])).all()
 
@@ -154,7 +133,8 @@ def test_every_group_of_rows_counts_the_same(
     size = min(size, classes)
     label = np.repeat(np.arange(classes), counts)
     sets = np.array(list(combinations(range(classes), size)))
-    rows = choose_rows(np.array(counts), sets, head, np.random.default_rng(seed))
+    rngs = [np.random.default_rng([seed, number]) for number in range(len(sets))]
+    rows = choose_rows(np.array(counts), sets, head, rngs)
     heads = 1 if head == "pair" and size == 2 else size
     assert rows.numbers.shape == rows.weight.shape
     assert rows.positive.shape == (*rows.numbers.shape, heads)

@@ -123,7 +123,7 @@ def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> N
     assert weights["filter_masks"].shape == (3 + 4, 6)
     heads = zip(weights["reference_kernel"], weights["reference_bias"], strict=True)
     references = [
-        (at_pool * mask).reshape(len(x), -1) @ kernel + bias
+        (at_pool * mask).reshape(len(x), -1) @ kernel.T + bias
         for mask, (kernel, bias) in zip(weights["filter_masks"][3:], heads, strict=True)
     ]
     assert len(references) == 4

@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
+from keras_tl_defense.ensemble.head_bank import HeadBank
 from keras_tl_defense.ensemble.mask_bank import LEVELS, MaskBank, assign_rows
 from keras_tl_defense.ensemble.member_bodies import MemberBodies
 from keras_tl_defense.ensemble.roster import Roster, find_members, pair_number
@@ -92,11 +93,10 @@ class DifferentiatorBank(keras.layers.Layer):
             name="members_of", shape=(classes, roster.most), dtype="int32", initializer="zeros"
         )
         self._known_by = add(name="known_by", shape=(classes,), dtype="int32", initializer="zeros")
-        self.kernel = add(name="kernel", shape=(count, heads, self.features), initializer="zeros")
-        self.bias = add(name="bias", shape=(count, heads), initializer="zeros")
-        stacked = (len(self.references), width, classes)
-        self.reference_kernel = add(name="reference_kernel", shape=stacked, initializer="zeros")
-        self.reference_bias = add(name="reference_bias", shape=stacked[::2], initializer="zeros")
+        self.heads = HeadBank(count, heads, self.features, name="heads")
+        self.reference_heads = HeadBank(
+            len(self.references), classes, width, name="reference_heads"
+        )
         self._top_weights, self._top_kept = {}, {}
         if top is not None:
             for number, (name, shape) in enumerate(top.weight_shapes().items()):
@@ -135,6 +135,11 @@ class DifferentiatorBank(keras.layers.Layer):
         self.masks.prune(activations, np.concatenate([drawn, every]), jitter_seed)
 
     @property
+    def pruning_weights(self) -> list[Any]:
+        """The weights that `prune` sets."""
+        return [self._members_of, self._known_by, *self.masks.weights]
+
+    @property
     def member_classes(self) -> np.ndarray:
         """The classes that each differentiator knows, int array of shape `(count, size)`."""
         return np.array(self.masks.class_sets)[: self.count]
@@ -144,11 +149,6 @@ class DifferentiatorBank(keras.layers.Layer):
         """Whether every two classes have a differentiator, which is no secret."""
         return self._roster.size == 2 and self._roster.each == self._roster.classes - 1
 
-    def set_heads(self, members: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> None:
-        """Set the heads of some differentiators, arrays of their number as first dimension."""
-        assign_rows(self.kernel, members, kernel)
-        assign_rows(self.bias, members, bias)
-
     def set_tops(
         self, members: np.ndarray, weights: dict[str, np.ndarray], kept: dict[str, np.ndarray]
     ) -> None:
@@ -156,11 +156,6 @@ class DifferentiatorBank(keras.layers.Layer):
         for stacks, arrays in ((self._top_weights, weights), (self._top_kept, kept)):
             for name, array in arrays.items():
                 assign_rows(stacks[name], members, array)
-
-    def set_references(self, kernel: np.ndarray, bias: np.ndarray) -> None:
-        """Set the references' heads, `(references, features, classes)` and `(…, classes)`."""
-        self.reference_kernel.assign(kernel)
-        self.reference_bias.assign(bias)
 
     def kept(self) -> list[tuple[int, int, str, int, int]]:
         """Level, its differentiators, and name, units and units kept of each pruned layer.
@@ -224,7 +219,7 @@ class DifferentiatorBank(keras.layers.Layer):
         self, values: dict[int, tf.Tensor], rows: tf.Tensor, members: tf.Tensor
     ) -> tf.Tensor:
         """The frozen body under the masks of differentiators; see `MemberBodies`."""
-        filters = tf.gather(self.masks.filters, members)
+        filters = self.masks.filter_masks(members)
         return self._body(values, rows, members, filters, self.masks.connection_mask)
 
     def compact_body(self, preprocessing: Any) -> CompactBody:
@@ -265,22 +260,17 @@ class DifferentiatorBank(keras.layers.Layer):
             classes = classes[:, None]
         own = tf.equal(tf.gather(self.masks.class_sets, members), classes[..., None])
         own = tf.reshape(own, (-1, self._roster.size))
-        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
-        features = tf.cast(features, kernel.dtype)
         apart = self._head == "pair"
         if apart and self._roster.size > 2:
-            every = tf.einsum("rf,rhf->rh", features, tf.gather(kernel, flat))
-            every += tf.gather(bias, flat)
+            every = self.heads.every(features, flat)
             best = tf.reduce_max(tf.where(own, every.dtype.min, every), axis=1)
             margins = (tf.reduce_max(tf.where(own, every, every.dtype.min), axis=1) - best) / 2
             return tf.reshape(margins, tf.shape(members))
         place = tf.argmax(own, axis=1, output_type=tf.int32)
-        sign = tf.ones_like(place, kernel.dtype)
+        sign = tf.ones_like(place, tf.float32)
         if apart:
-            sign, place = 1 - 2 * tf.cast(place, kernel.dtype), tf.zeros_like(place)
-        chosen = tf.stack([flat, place], axis=1)
-        logits = tf.reduce_sum(features * tf.gather_nd(kernel, chosen), axis=1)
-        return tf.reshape((logits + tf.gather_nd(bias, chosen)) * sign, tf.shape(members))
+            sign, place = 1 - 2 * tf.cast(place, tf.float32), tf.zeros_like(place)
+        return tf.reshape(self.heads.one(features, flat, place) * sign, tf.shape(members))
 
     def reference_margins(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
         """How surely the references take each image for each class, on average.
@@ -294,10 +284,8 @@ class DifferentiatorBank(keras.layers.Layer):
         images, count = tf.shape(values[self.tensor])[0], len(self.references)
         rows = tf.tile(tf.range(images)[None], [count, 1])
         features = self.member_bodies(values, rows, tf.constant(self.references, tf.int32))
-        kernel = tf.convert_to_tensor(self.reference_kernel)
-        features = tf.reshape(tf.cast(features, kernel.dtype), (count, images, kernel.shape[1]))
-        margins = tf.linalg.matmul(features, kernel) + self.reference_bias[:, None]
-        return tf.reduce_mean(margins, axis=0)
+        features = tf.reshape(features, (count, images, self.reference_heads.features))
+        return tf.reduce_mean(self.reference_heads.all(features), axis=0)
 
 
 def _feature_count(graph: ModelGraph, cut: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,86 +13,175 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.bank import DifferentiatorBank
 from keras_tl_defense.ensemble.mask_bank import LEVELS
 from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
-from keras_tl_defense.ensemble.training import ClassImages, HeadKind, train_heads, train_reference
+from keras_tl_defense.ensemble.training import (
+    ClassImages,
+    HeadKind,
+    members_at_once,
+    train_heads,
+    train_reference,
+)
 
 _FLOOR = 0.7  # held-out accuracy below which a differentiator takes gentler ratios
+_TOPS_AT_ONCE = 8  # differentiators with layers of their own, which take seconds each
+
+Result = dict[str, np.ndarray]
 
 
-class Tuning(NamedTuple):
-    """How the differentiators' own layers are trained; see `TopTrainer`."""
+class FitSettings(NamedTuple):
+    """What `DifferentiatorEnsemble.fit` was asked for.
 
+    Attributes:
+        seed: Decides, with its number, which images a differentiator sees, and their order.
+        images_per_class: At most this many of each class for a differentiator.
+        chunk_memory: Bytes for the heads that are fitted at once, about.
+        optimizer: Configuration of a Keras optimizer, for layers of their own.
+        iterations: As for `TopTrainer`.
+        epochs: As for `TopTrainer`.
+        batch_size: As for `TopTrainer`.
+    """
+
+    seed: int
+    images_per_class: int
+    chunk_memory: int
     optimizer: Any
     iterations: int
     epochs: int
     batch_size: int
 
 
-def fit_differentiators(
-    bank: DifferentiatorBank,
-    sample: ClassImages,
-    head: HeadKind,
-    preprocessing: Any,
-    tuning: Tuning,
-    *,
-    images_per_class: int,
-    rng: np.random.Generator,
-    verbose: int | str,
-) -> dict[str, list[float]]:
-    """Fit every differentiator, those again that the ratios left too little.
+class Task(NamedTuple):
+    """Some bodies to be fitted.
+
+    Attributes:
+        level: Position in `LEVELS` of the differentiators; `None` for references.
+        bodies: Int array of shape `(n,)`: their numbers.
+    """
+
+    level: int | None
+    bodies: np.ndarray
+
+
+RunTasks = Callable[[Sequence[Task], Callable[[int], None]], list[Result]]
+"""Runs tasks, calls the second with the number of bodies that are done, and returns results."""
+
+
+class Fitter:
+    """Fits bodies of a bank. What it returns depends on nothing but the task.
 
     Args:
-        bank: The differentiators, with their masks; takes the heads.
+        bank: The differentiators, with their masks.
         sample: Training images; references take more of them than a differentiator.
         head: `"pair"` or `"one_vs_rest"`.
         preprocessing: Callable from the images to what the Student takes, or `None`.
-        tuning: For differentiators with layers of their own.
-        images_per_class: At most this many of each class for a differentiator.
-        rng: Chooses images, and shuffles.
+        settings: What was asked for.
+
+    Attributes:
+        bank: As given.
+        at_once: Differentiators of a task.
+    """
+
+    def __init__(
+        self,
+        bank: DifferentiatorBank,
+        sample: ClassImages,
+        head: HeadKind,
+        preprocessing: Any,
+        settings: FitSettings,
+    ) -> None:
+        self.bank, self._head, self._seed = bank, head, settings.seed
+        self._body = bank.compact_body(preprocessing)
+        self._sample = sample._replace(images=self._body.load(sample.images))
+        self._own = self._sample.first(settings.images_per_class)
+        size = bank.member_classes.shape[1]
+        self.at_once = members_at_once(self._own, size, bank.features, settings.chunk_memory)
+        self._trainer = self._top = None
+        if bank.top is not None:
+            self.at_once = min(self.at_once, _TOPS_AT_ONCE)
+            self._trainer = TopTrainer(
+                bank.top,
+                settings.optimizer,
+                outputs=bank.heads.count,
+                iterations=settings.iterations,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+            )
+            self._top = tf.function(
+                bank.own_features,
+                input_signature=[tf.TensorSpec((None, None)), tf.TensorSpec((), "int32")],
+            )
+
+    def __call__(self, task: Task) -> Result:
+        """Fit the bodies of a task.
+
+        Returns:
+            Arrays with the bodies as first dimension: `kernel` and `bias`; of differentiators also
+            `accuracy` and `loss`, as in `FittedHeads`, and, where they have layers of their own,
+            `weights …` and `kept …` by the names that `tune_tops` gives.
+        """
+        if task.level is None:
+            width = self.bank.reference_heads.features
+            found = [
+                train_reference(self._body_values, self._sample, int(number), width)
+                for number in task.bodies
+            ]
+            kernel, bias = (np.stack(arrays) for arrays in zip(*found, strict=True))
+            return {"kernel": kernel, "bias": bias}
+        self.bank.masks.set_level(task.bodies, task.level)
+        class_sets, result = self.bank.member_classes[task.bodies], {}
+        given = (self._own, task.bodies, class_sets)
+        if self._trainer is not None:
+            scores = self.bank.masks.own_scores(task.bodies)
+            weights, kept = tune_tops(
+                self._body_values, *given, self._head, self._trainer, scores, self._rngs(task)
+            )
+            self.bank.set_tops(task.bodies, weights, kept)
+            result = {f"weights {name}": array for name, array in weights.items()}
+            result |= {f"kept {name}": array for name, array in kept.items()}
+        width = self.bank.features
+        heads = train_heads(self._features, *given, width, self._head, self._rngs(task))
+        return result | heads._asdict()
+
+    def _rngs(self, task: Task) -> list[np.random.Generator]:
+        return [np.random.default_rng([self._seed, int(number)]) for number in task.bodies]
+
+    def _body_values(self, images: np.ndarray, number: int) -> np.ndarray:
+        return self._body(images, self.bank.masks.filter_masks([number])[0].numpy(), number)
+
+    def _features(self, images: np.ndarray, number: int) -> np.ndarray:
+        values = self._body_values(images, number)
+        return values if self._top is None else self._top(values, number).numpy()
+
+
+def fit_differentiators(
+    fitter: Fitter, run: RunTasks, verbose: int | str
+) -> dict[str, list[float]]:
+    """Fit every differentiator, those again that the ratios left too little, and the references.
+
+    Args:
+        fitter: Fits them; its bank takes what is found.
+        run: Runs tasks as `fitter` does, here or elsewhere.
         verbose: 0 shows no progress bar.
 
     Returns:
         `loss` and `accuracy` after each level of pruning that was needed: means over all
         differentiators.
     """
-    body = bank.compact_body(preprocessing)
-    sample = sample._replace(images=body.load(sample.images))
-    own = sample.first(images_per_class)
-    trainer = top = None
-    if bank.top is not None:
-        trainer = TopTrainer(bank.top, outputs=bank.kernel.shape[1], **tuning._asdict())
-        top = tf.function(
-            bank.own_features,
-            input_signature=[tf.TensorSpec((None, None)), tf.TensorSpec((), "int32")],
-        )
-
-    def body_values(images: np.ndarray, member: int) -> np.ndarray:
-        return body(images, bank.masks.filter_mask(member), member)
-
-    def features(images: np.ndarray, member: int) -> np.ndarray:
-        values = body_values(images, member)
-        return values if top is None else top(values, member).numpy()
-
+    bank = fitter.bank
     members, known = np.arange(bank.count), bank.member_classes
     loss, accuracy = np.zeros((2, len(members)))
     history: dict[str, list[float]] = {"loss": [], "accuracy": []}
     for level in range(len(LEVELS)):
+        starts = range(0, len(members), fitter.at_once)
+        tasks = [Task(level, members[start : start + fitter.at_once]) for start in starts]
+        found = _joined(run(tasks, _progress(len(members), "differentiator", verbose)))
         bank.masks.set_level(members, level)
-        bar = keras.utils.Progbar(
-            len(members) * (2 if trainer else 1),
-            verbose=0 if verbose == 0 else 1,
-            unit_name="differentiator",
+        bank.heads.set(members, found["kernel"], found["bias"])
+        weights, kept = (
+            {name.removeprefix(kind): a for name, a in found.items() if name.startswith(kind)}
+            for kind in ("weights ", "kept ")
         )
-        options: dict[str, Any] = {"rng": rng, "progress": bar.add}
-        class_sets = known[members]
-        if trainer is not None:
-            scores = bank.masks.own_scores(members)
-            tops = tune_tops(
-                body_values, own, members, class_sets, head, trainer, scores, **options
-            )
-            bank.set_tops(members, *tops)
-        heads = train_heads(features, own, members, class_sets, bank.features, head, **options)
-        bank.set_heads(members, heads.kernel, heads.bias)
-        loss[members], accuracy[members] = heads.loss, heads.accuracy
+        bank.set_tops(members, weights, kept)
+        loss[members], accuracy[members] = found["loss"], found["accuracy"]
         history["loss"].append(float(loss.mean()))
         history["accuracy"].append(float(accuracy.mean()))
         members = np.flatnonzero(accuracy < _FLOOR)
@@ -107,9 +197,18 @@ def fit_differentiators(
             f"{of}.",
             stacklevel=3,
         )
-    width = bank.reference_kernel.shape[1]
-    rivals = [
-        train_reference(body_values, sample, int(reference), width) for reference in bank.references
-    ]
-    bank.set_references(*(np.stack(arrays) for arrays in zip(*rivals, strict=True)))
+    tasks = [Task(None, bank.references[i : i + 1]) for i in range(len(bank.references))]
+    found = _joined(run(tasks, _progress(len(tasks), "reference", verbose)))
+    every = np.arange(len(bank.references))
+    bank.reference_heads.set(every, found["kernel"], found["bias"])
     return history
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+
+
+def _progress(count: int, unit: str, verbose: int | str) -> Callable[[int], None]:
+    shown = 0 if verbose == 0 else 1
+    add: Callable[[int], None] = keras.utils.Progbar(count, verbose=shown, unit_name=unit).add
+    return add

@@ -25,7 +25,7 @@ LEVELS = (1.0, 0.75, 0.5)
 class MaskBank(keras.layers.Layer):
     """The masks of a number of bodies, and the activations that they come from.
 
-    Filters are kept as a boolean each, connections of a Dense layer as a threshold and a tie index.
+    Filters are kept as a bit each, connections of a Dense layer as a threshold and a tie index.
 
     Args:
         blocks: The layers of the body that are pruned.
@@ -39,7 +39,7 @@ class MaskBank(keras.layers.Layer):
     Attributes:
         blocks: As given.
         class_sets: Int weight of shape `(bodies, size)`: the classes of each; K stands for all.
-        filters: Boolean weight of shape `(bodies, filters)`, `True` to keep.
+        filter_bits: Uint8 weight of shape `(bodies, bytes)`, eight filters in a byte, 1 to keep.
         levels: Int weight of shape `(bodies,)`: positions in `LEVELS`.
     """
 
@@ -62,9 +62,12 @@ class MaskBank(keras.layers.Layer):
         self.class_sets = add(
             name="class_sets", shape=(bodies, size), dtype="int32", initializer="zeros"
         )
-        units = sum(block.units for block in blocks if block.kind == "filters")
-        self.filters = add(
-            name="filter_masks", shape=(bodies, units), dtype="bool", initializer="ones"
+        self._units = sum(block.units for block in blocks if block.kind == "filters")
+        self.filter_bits = add(
+            name="filter_bits",
+            shape=(bodies, -(-self._units // 8)),
+            dtype="uint8",
+            initializer="zeros",
         )
         self.jitter_seed = add(name="jitter_seed", shape=(2,), dtype="int64", initializer="zeros")
         self.levels = add(name="levels", shape=(bodies,), dtype="int32", initializer="zeros")
@@ -125,7 +128,8 @@ class MaskBank(keras.layers.Layer):
             assign_rows(self._thresholds[block.name], bodies, threshold)
             assign_rows(self._ties[block.name], bodies, tie)
         if masks:
-            assign_rows(self.filters, bodies, np.concatenate(masks, axis=1))
+            bits = np.packbits(np.concatenate(masks, axis=1), axis=1, bitorder="little")
+            assign_rows(self.filter_bits, bodies, bits)
 
     def own_scores(self, bodies: np.ndarray) -> dict[str, np.ndarray]:
         """Score of each unit of layers that bodies have of their own, `(bodies, units)` of each."""
@@ -156,9 +160,12 @@ class MaskBank(keras.layers.Layer):
             for ratio in [self._ratio(block, level)]
         ]
 
-    def filter_mask(self, body: int) -> np.ndarray:
-        """Which filters a body keeps: boolean array of shape `(filters,)`."""
-        return np.asarray(tf.convert_to_tensor(self.filters)[body])
+    def filter_masks(self, bodies: tf.Tensor) -> tf.Tensor:
+        """Which filters bodies keep: boolean tensor of shape `(n, filters)`."""
+        bits = tf.gather(tf.convert_to_tensor(self.filter_bits), bodies)[..., None]
+        each = tf.constant(1 << np.arange(8), tf.uint8)
+        stays = tf.not_equal(tf.bitwise.bitwise_and(bits, each), 0)
+        return tf.reshape(stays, (tf.size(bodies), 8 * bits.shape[1]))[:, : self._units]
 
     def connection_mask(self, name: str, body: tf.Tensor) -> tf.Tensor:
         """The kernel mask of a threshold and a tie index; see `connection_thresholds`."""
@@ -174,9 +181,11 @@ class MaskBank(keras.layers.Layer):
 
 def assign_rows(weight: tf.Variable, rows: np.ndarray, values: np.ndarray | int) -> None:
     """Replace some rows of a weight."""
-    array = np.array(weight)
-    array[rows] = values
-    weight.assign(array)
+    variable = weight if isinstance(weight, tf.Variable) else weight.value  # the latter of Keras 3
+    rows = np.asarray(rows)
+    values = np.broadcast_to(values, (len(rows), *weight.shape[1:]))
+    if values.size:
+        variable.scatter_nd_update(rows[:, None], tf.cast(values, variable.dtype))
 
 
 class _Layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -30,14 +31,16 @@ from keras_tl_defense.ensemble.arguments import (
     make_roster,
     penultimate,
 )
+from keras_tl_defense.ensemble.backup import Backup, Start
 from keras_tl_defense.ensemble.bank import DifferentiatorBank, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
-from keras_tl_defense.ensemble.fitting import Tuning, fit_differentiators
+from keras_tl_defense.ensemble.fitting import FitSettings, Fitter, fit_differentiators
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import new_key
 from keras_tl_defense.ensemble.summary import describe, summarise
+from keras_tl_defense.ensemble.tasks import Payload, check_executor, task_runner
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
-from keras_tl_defense.ensemble.training import HeadKind, sample_classes
+from keras_tl_defense.ensemble.training import ClassImages, HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.metrics import Rate, clean_rates
 from keras_tl_defense.pruning.ratios import resolve_ratios
@@ -453,6 +456,9 @@ class DifferentiatorEnsemble(keras.Model):
         epochs: int = 5,
         batch_size: int = 32,
         images_per_class: int = 100,
+        chunk_memory: int = 1 << 30,
+        executor: Executor | None = None,
+        backup_dir: str | Path | None = None,
         verbose: int | str = "auto",
     ) -> Any:
         """Fit the heads of every differentiator.
@@ -474,6 +480,14 @@ class DifferentiatorEnsemble(keras.Model):
             images_per_class: At most this many images of each class are used for a
                 differentiator, chosen at random. More take longer and reject fewer honest inputs.
                 Defaults to `100`.
+            chunk_memory: Bytes for the heads that are fitted at once, about; the training images
+                and the references' heads take more. Defaults to 1 GiB.
+            executor: A `concurrent.futures.Executor` whose processes share the work, such as Dask's
+                `Client(…).get_executor()`. They get the Student, the masks and training images, not
+                the secret key. What comes out is what one process finds. Defaults to this process.
+            backup_dir: Folder that keeps what is done, and is emptied in the end. When the process
+                was killed, the same lines with the same data go on there; what the folder holds
+                replaces what `adapt` drew, the secret key among it.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -482,39 +496,74 @@ class DifferentiatorEnsemble(keras.Model):
 
         Raises:
             RuntimeError: `adapt` was not called.
-            ValueError: A class has no image, or the data does not fit the Student.
+            TypeError: `executor` is none.
+            ValueError: A class has no image, the data does not fit the Student, `executor` forks
+                processes, or `backup_dir` is damaged or of another fit.
         """
         self._require(_ADAPTED)
+        check_executor(executor)
+        chunk_memory = check_integer("chunk_memory", chunk_memory, 1)
         epochs = check_integer("epochs", epochs, 1)
         batch_size = check_integer("batch_size", batch_size, 1)
         images_per_class = check_integer("images_per_class", images_per_class, 1)
-        rng = np.random.default_rng(self.seed)
+        seed = int(np.random.default_rng(self.seed).integers(2**63))
+        tuning = (
+            self._optimizer_config or keras.optimizers.serialize(keras.optimizers.get("adam")),
+            self.iterations,
+            epochs,
+            batch_size,
+        )
+        backup = None
+        if backup_dir is not None:
+            asked = (images_per_class, chunk_memory, *tuning)
+            backup = Backup(backup_dir, [*self._identity(), asked])
+            seed = self._begin(backup, seed)
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True),
             images_per_class,
-            rng,
+            np.random.default_rng(seed),
             for_reference=True,
         )
+        if backup is not None:
+            backup.check_data(sample)
         self._set_stage(_ADAPTED)
+        settings = FitSettings(seed, images_per_class, chunk_memory, *tuning)
+        fitter = Fitter(self._bank, sample, self.head, self.preprocessing, settings)
+        run = task_runner(fitter, partial(self._payload, sample, settings), executor, backup)
         history = keras.callbacks.History()
-        history.history = fit_differentiators(
-            self._bank,
-            sample,
-            self.head,
-            self.preprocessing,
-            Tuning(
-                self._optimizer_config or keras.optimizers.serialize(keras.optimizers.get("adam")),
-                self.iterations,
-                epochs,
-                batch_size,
-            ),
-            images_per_class=images_per_class,
-            rng=rng,
-            verbose=verbose,
-        )
+        history.history = fit_differentiators(fitter, run, verbose)
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
+        if backup is not None:
+            backup.finish()
         return history
+
+    def _identity(self) -> list[Any]:
+        """What tells this defence from others, before `adapt` drew anything."""
+        config = self.get_config()
+        for part in ("name", "student", "preprocessing"):
+            del config[part]
+        return [sorted(config.items()), *self.student.get_weights()]
+
+    def _begin(self, backup: Backup, seed: int) -> int:
+        """Keep what `adapt` drew, or take what a fit that was stopped began with; its seed."""
+        drawn = [self._key, *self._bank.pruning_weights]
+        if backup.start is None:
+            backup.begin(Start([np.array(weight) for weight in drawn], seed))
+            return seed
+        for weight, value in zip(drawn, backup.start.drawn, strict=True):
+            weight.assign(value)
+        return backup.start.seed
+
+    def _payload(self, sample: ClassImages, settings: FitSettings) -> Payload:
+        return Payload(
+            type(self).from_config,
+            self.get_config(),
+            self.student.get_weights(),
+            [np.array(weight) for weight in self._bank.pruning_weights],
+            sample,
+            settings,
+        )
 
     def calibrate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +25,7 @@ def tune_tops(
     head: HeadKind,
     trainer: TopTrainer,
     unit_scores: Arrays,
-    *,
-    rng: np.random.Generator,
-    progress: Callable[[int], None],
+    rngs: Sequence[np.random.Generator],
 ) -> tuple[Arrays, Arrays]:
     """Prune and fine-tune the tops of differentiators on the images of their classes.
 
@@ -39,15 +37,14 @@ def tune_tops(
         head: `"pair"` or `"one_vs_rest"`.
         trainer: Trains one after the other.
         unit_scores: Scores of the units of each pruned layer, `(bodies, units)`; the lowest go.
-        rng: Chooses the images of other classes, and shuffles.
-        progress: Called with the number of differentiators that are done since the last call.
+        rngs: Each differentiator's own, which chooses its images of other classes, and shuffles.
 
     Returns:
         Compact weights and kept filters, stacked: the differentiators as first dimension.
     """
     tops = []
-    for number, member in enumerate(members):
-        rows = choose_rows(sample.counts, class_sets[number : number + 1], head, rng)
+    for number, (member, rng) in enumerate(zip(members, rngs, strict=True)):
+        rows = choose_rows(sample.counts, class_sets[number : number + 1], head, [rng])
         used = rows.weight[0] > 0
         unique, index = np.unique(rows.numbers[0, used], return_inverse=True)
         values = cut_values(sample.images[unique], int(member))[index]
@@ -62,7 +59,6 @@ def tune_tops(
                 rng,
             )
         )
-        progress(1)
     weights = {name: np.stack([top.weights[name] for top in tops]) for name in tops[0].weights}
     return weights, {name: np.stack([top.kept[name] for top in tops]) for name in tops[0].kept}
 

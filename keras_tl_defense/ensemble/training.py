@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
@@ -16,10 +16,11 @@ HeadKind = Literal["pair", "one_vs_rest"]
 MemberFeatures = Callable[[np.ndarray, int], np.ndarray]
 """Maps images and the number of a differentiator to features `(images, features)`."""
 
-_CHUNK_BYTES = 256 << 20
+_MOST_AT_ONCE = 64  # differentiators, so that there is something to share out and to go on from
 _REFERENCE_ROWS = 8000
 _SAMPLE_BYTES = 512 << 20
 _SQUARES = 4  # arrays of rows by rows that `fit_heads` holds at a time
+_COPIES = 4  # of the features
 _OTHERS = 128  # images of other classes for each differentiator
 
 
@@ -117,7 +118,10 @@ def sample_classes(
 
 
 def choose_rows(
-    counts: np.ndarray, class_sets: np.ndarray, head: HeadKind, rng: np.random.Generator
+    counts: np.ndarray,
+    class_sets: np.ndarray,
+    head: HeadKind,
+    rngs: Sequence[np.random.Generator],
 ) -> HeadRows:
     """Choose the images of each differentiator: all of its classes, and some of the others.
 
@@ -125,8 +129,8 @@ def choose_rows(
         counts: Int array of shape `(classes,)`: images of each class, which stand in this order.
         class_sets: Int array of shape `(bodies, size)`: the classes of each differentiator.
         head: `"pair"` takes no others.
-        rng: Chooses the others: as many of each class that has so many, no image twice, 128 at
-            most.
+        rngs: Each differentiator's own, which chooses the others: as many of each class that has so
+            many, no image twice, 128 at most.
     """
     ends = np.cumsum(counts)
     starts = ends - counts
@@ -140,12 +144,13 @@ def choose_rows(
     classes = len(counts)
     if head == "one_vs_rest" and classes > size:
         rounds = -(-_OTHERS // (classes - size))
-        order = np.argsort(rng.random((bodies, classes)), axis=1)
+        drawn = np.stack([rng.random((2, classes)) for rng in rngs])
+        order = np.argsort(drawn[:, 0], axis=1)
         foreign = (order[..., None] != class_sets[:, None]).all(axis=-1)
         order = order[foreign].reshape(bodies, classes - size)
         labels = np.tile(order, rounds)[:, :_OTHERS]
         turn = np.arange(labels.shape[1]) // (classes - size)
-        first = (rng.random((bodies, classes)) * counts).astype(int)
+        first = (drawn[:, 1] * counts).astype(int)
         first = np.take_along_axis(first, labels, axis=1)
         others = starts[labels] + (first + turn) % counts[labels]
         numbers = np.concatenate([numbers, others], axis=1)
@@ -165,6 +170,20 @@ def head_count(head: HeadKind, size: int) -> int:
     return 1 if head == "pair" and size == 2 else size
 
 
+def members_at_once(sample: ClassImages, size: int, width: int, memory: int) -> int:
+    """How many differentiators' heads are fitted in about `memory` bytes, 64 at most.
+
+    Args:
+        sample: Training images.
+        size: Classes of a differentiator.
+        width: Number of features.
+        memory: Bytes.
+    """
+    rows = size * int(sample.counts.max()) + _OTHERS
+    each = 4 * rows * max(_COPIES * width, _COPIES * _SQUARES * rows)
+    return int(np.clip(memory // each, 1, _MOST_AT_ONCE))
+
+
 def train_heads(
     member_features: MemberFeatures,
     sample: ClassImages,
@@ -172,11 +191,9 @@ def train_heads(
     class_sets: np.ndarray,
     width: int,
     head: HeadKind,
-    *,
-    rng: np.random.Generator,
-    progress: Callable[[int], None],
+    rngs: Sequence[np.random.Generator],
 ) -> FittedHeads:
-    """Fit the heads of differentiators on the images of their classes.
+    """Fit the heads of differentiators on the images of their classes, as one problem.
 
     Args:
         member_features: Computes features under the masks of a differentiator.
@@ -185,36 +202,25 @@ def train_heads(
         class_sets: Int array of shape `(bodies, size)`: their classes.
         width: Number of features.
         head: `"pair"` or `"one_vs_rest"`.
-        rng: Chooses the images of other classes.
-        progress: Called with the number of differentiators that are done since the last call.
+        rngs: Each differentiator's own, which chooses its images of other classes.
     """
-    most = class_sets.shape[1] * int(sample.counts.max()) + _OTHERS
-    size = 4 * most * max(width, _SQUARES * most)
-    chunk = max(1, min(len(members), _CHUNK_BYTES // size))
-    parts: list[FittedHeads] = []
-    for start in range(0, len(members), chunk):
-        done = slice(start, start + chunk)
-        rows = choose_rows(sample.counts, class_sets[done], head, rng)
-        weight, positive = rows.weight, rows.positive
-        features = np.zeros((*rows.numbers.shape, width), np.float32)
-        for place, member in enumerate(members[done]):
-            unique, index = np.unique(rows.numbers[place], return_inverse=True)
-            features[place] = member_features(sample.images[unique], int(member))[index]
-            progress(1)
-        heads = fit_heads(features, positive, weight)
-        right = (heads.margins > 0) == positive
-        error = (heads.margins - np.where(positive, 1, -1)) ** 2
-        # A head of two classes that tells nothing speaks for neither.
-        nothing = (head_count(head, class_sets.shape[1]) == 1) & ~heads.kernel.any(axis=2)
-        parts.append(
-            FittedHeads(
-                heads.kernel,
-                np.where(nothing, 0, heads.bias).astype(np.float32),
-                _balanced(right, positive, weight),
-                _balanced(error, positive, weight),
-            )
-        )
-    return FittedHeads(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    rows = choose_rows(sample.counts, class_sets, head, rngs)
+    weight, positive = rows.weight, rows.positive
+    features = np.zeros((*rows.numbers.shape, width), np.float32)
+    for place, member in enumerate(members):
+        unique, index = np.unique(rows.numbers[place], return_inverse=True)
+        features[place] = member_features(sample.images[unique], int(member))[index]
+    heads = fit_heads(features, positive, weight)
+    right = (heads.margins > 0) == positive
+    error = (heads.margins - np.where(positive, 1, -1)) ** 2
+    # A head of two classes that tells nothing speaks for neither.
+    nothing = (head_count(head, class_sets.shape[1]) == 1) & ~heads.kernel.any(axis=2)
+    return FittedHeads(
+        heads.kernel,
+        np.where(nothing, 0, heads.bias).astype(np.float32),
+        _balanced(right, positive, weight),
+        _balanced(error, positive, weight),
+    )
 
 
 def train_reference(
@@ -229,7 +235,7 @@ def train_reference(
         width: Number of features.
 
     Returns:
-        Kernel of shape `(features, classes)` and bias of shape `(classes,)`.
+        Kernel of shape `(classes, features)` and bias of shape `(classes,)`.
     """
     classes = np.arange(len(sample.counts))
     most = min(_REFERENCE_ROWS, _SAMPLE_BYTES // (4 * width))
@@ -238,7 +244,7 @@ def train_reference(
     features = member_features(sample.images, reference)
     positive = labels[:, None] == classes
     heads = fit_heads(features[None], positive[None], (1 / sample.counts)[labels][None])
-    return heads.kernel[0].T, heads.bias[0]
+    return heads.kernel[0], heads.bias[0]
 
 
 def _most_of_each(counts: np.ndarray, rows: int) -> int:
