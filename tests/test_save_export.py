@@ -367,3 +367,22 @@ def test_an_export_holds_every_weight_once(defence: Any, tmp_path: Path) -> None
     assert len(shapes) > 10
     held = sum(int(np.prod(w.shape)) for w in defence.weights)
     assert sum(int(np.prod(shape)) for shape in shapes) <= held
+
+
+def test_memory_is_what_an_export_holds(dense_defence: Any, tmp_path: Path) -> None:
+    table = dense_defence.memory().set_index("part")
+    size = (
+        (dense_defence.export(tmp_path) / "variables/variables.data-00000-of-00001").stat().st_size
+    )
+    assert 0 <= size - table.loc["all", "bytes"] < 4096  # the key, the threshold and the like
+    student = sum(4 * np.prod(weight.shape) for weight in dense_defence.student.weights)
+    assert table.loc["student", "bytes"] == student
+    assert table.loc["students instead", "of_student"] == 15 + 1
+    # Two heads of 20 numbers in half precision, a scale and an offset in single.
+    assert table.loc["heads", "each"] == 2 * (20 * 2 + 4 + 4)
+    assert table.loc["own layers", "bytes"] == 0
+    masks = (15 + 4) * (18 // 8 + 1)  # bits of filters
+    masks += (15 + 4) * (4 + 8)  # a threshold and a tie index for the Dense layer
+    assert table.loc["masks", "bytes"] == masks + (15 + 4) * (2 * 4 + 4) + 16
+    with pytest.raises(RuntimeError, match="adapt"):
+        ktd.DifferentiatorEnsemble(dense_defence.student).memory()

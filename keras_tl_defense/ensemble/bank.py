@@ -139,6 +139,18 @@ class DifferentiatorBank(keras.layers.Layer):
         """The weights that `prune` sets."""
         return [self._members_of, self._known_by, *self.masks.weights]
 
+    def parts(self) -> dict[str, list[Any]]:
+        """All weights, by what they are for."""
+        activations = {id(weight) for weight in self.masks.activations}
+        return {
+            "heads": self.heads.weights,
+            "own layers": [*self._top_weights.values(), *self._top_kept.values()],
+            "masks": [w for w in self.masks.weights if id(w) not in activations],
+            "activations": self.masks.activations,
+            "references": self.reference_heads.weights,
+            "draw": [self._members_of, self._known_by],
+        }
+
     @property
     def member_classes(self) -> np.ndarray:
         """The classes that each differentiator knows, int array of shape `(count, size)`."""

@@ -48,6 +48,11 @@ class FitSettings(NamedTuple):
     epochs: int
     batch_size: int
 
+    def identity(self) -> list[Any]:
+        """What must be the same for a fit to go on: all but the seed and Keras's own names."""
+        optimizer = {**self.optimizer["config"], "name": self.optimizer["class_name"]}
+        return [*self._replace(seed=0, optimizer=sorted(optimizer.items()))]
+
 
 class Task(NamedTuple):
     """Some bodies to be fitted.

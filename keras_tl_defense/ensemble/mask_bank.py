@@ -93,6 +93,11 @@ class MaskBank(keras.layers.Layer):
         """The pruned layers of the body."""
         return self._layers_of.body
 
+    @property
+    def activations(self) -> list[tf.Variable]:
+        """The weights that are not masks: what the scores of units come from."""
+        return list(self._activations.values())
+
     def prune(
         self,
         activations: Mapping[str, np.ndarray],

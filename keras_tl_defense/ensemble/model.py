@@ -37,7 +37,7 @@ from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import FitSettings, Fitter, fit_differentiators
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import new_key
-from keras_tl_defense.ensemble.summary import describe, summarise
+from keras_tl_defense.ensemble.summary import describe, memory_table, summarise
 from keras_tl_defense.ensemble.tasks import Payload, check_executor, task_runner
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import ClassImages, HeadKind, sample_classes
@@ -506,28 +506,26 @@ class DifferentiatorEnsemble(keras.Model):
         epochs = check_integer("epochs", epochs, 1)
         batch_size = check_integer("batch_size", batch_size, 1)
         images_per_class = check_integer("images_per_class", images_per_class, 1)
+        optimizer = self._optimizer_config or keras.optimizers.serialize(
+            keras.optimizers.get("adam")
+        )
         seed = int(np.random.default_rng(self.seed).integers(2**63))
-        tuning = (
-            self._optimizer_config or keras.optimizers.serialize(keras.optimizers.get("adam")),
-            self.iterations,
-            epochs,
-            batch_size,
+        settings = FitSettings(
+            seed, images_per_class, chunk_memory, optimizer, self.iterations, epochs, batch_size
         )
         backup = None
         if backup_dir is not None:
-            asked = (images_per_class, chunk_memory, *tuning)
-            backup = Backup(backup_dir, [*self._identity(), asked])
-            seed = self._begin(backup, seed)
+            backup = Backup(backup_dir, [*self._identity(), *settings.identity()])
+            settings = settings._replace(seed=self._begin(backup, seed))
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True),
             images_per_class,
-            np.random.default_rng(seed),
+            np.random.default_rng(settings.seed),
             for_reference=True,
         )
         if backup is not None:
             backup.check_data(sample)
         self._set_stage(_ADAPTED)
-        settings = FitSettings(seed, images_per_class, chunk_memory, *tuning)
         fitter = Fitter(self._bank, sample, self.head, self.preprocessing, settings)
         run = task_runner(fitter, partial(self._payload, sample, settings), executor, backup)
         history = keras.callbacks.History()
@@ -744,6 +742,25 @@ class DifferentiatorEnsemble(keras.Model):
         self._require(_ADAPTED)
         columns = ["level", "differentiators", "layer", "units", "kept"]
         return pd.DataFrame(self._bank.kept(), columns=columns)
+
+    def memory(self) -> pd.DataFrame:
+        """What the Student and the parts of its differentiators take, as they are kept.
+
+        Returns:
+            Columns `part`, `bytes`, `each` (bytes for each differentiator) and `of_student` (in
+            sizes of the Student); a row for the `student`, the differentiators' `heads`, `own
+            layers` (of `tune="unfrozen"`), `masks` and `activations` (from which the masks of Dense
+            layers are recomputed), the `references`, the `draw` of members; for `all`; and for a
+            Student for each differentiator in place of all that, `students instead`.
+
+        Raises:
+            RuntimeError: `adapt` was not called.
+
+        Reference:
+            Wu et al. (above), Table 2.
+        """
+        self._require(_ADAPTED)
+        return memory_table(self, self._bank.parts())
 
     def left_alone(self) -> dict[str, str]:
         """The convolutions and Dense layers before the heads that are not pruned, and why.

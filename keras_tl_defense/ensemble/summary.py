@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
 from keras_tl_defense.ensemble.mask_bank import LEVELS
 
 
@@ -52,6 +56,24 @@ def summarise(defence: Any) -> str:
             f"with a score of at least {found.threshold:.3f}"
         )
     return "\n".join(lines)
+
+
+def memory_table(defence: Any, parts: dict[str, list[Any]]) -> pd.DataFrame:
+    """Bytes of the Student and of each part of the differentiators; see `memory`."""
+    student = _bytes(defence.student.weights)
+    sizes = {"student": student} | {part: _bytes(weights) for part, weights in parts.items()}
+    count = len(defence.member_classes)
+    sizes["all"] = sum(sizes.values())
+    sizes["students instead"] = (count + 1) * student
+    table = pd.DataFrame({"part": list(sizes), "bytes": list(sizes.values())})
+    return table.assign(
+        each=[size / count if part in parts else float("nan") for part, size in sizes.items()],
+        of_student=table["bytes"] / student,
+    )
+
+
+def _bytes(weights: list[Any]) -> int:
+    return sum(int(np.prod(w.shape)) * tf.as_dtype(w.dtype).size for w in weights)
 
 
 def _place(defence: Any) -> str:

@@ -1,0 +1,111 @@
+"""How far the frozen layers run compact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.blocks import find_blocks
+from keras_tl_defense.ensemble.member_bodies import MemberBodies
+from keras_tl_defense.ensemble.plan import Plan, multiply_adds, plan_execution
+from keras_tl_defense.graph import ModelGraph
+
+layers = keras.layers
+
+
+def plan(inputs: Any, x: Any, ratio: float = 0.7) -> tuple[ModelGraph, Plan]:
+    graph = ModelGraph(keras.Model(inputs, layers.GlobalAveragePooling2D(name="pool")(x)))
+    blocks = find_blocks(graph)
+    return graph, plan_execution(graph, graph.output, blocks, {b.name: ratio for b in blocks})
+
+
+def chain(size: int, filters: int) -> tuple[Any, Any]:
+    inputs = x = keras.Input((size, size, 3))
+    for number in range(3):
+        x = layers.Conv2D(filters, 3, padding="same", activation="relu", name=f"c{number}")(x)
+    return inputs, x
+
+
+def test_many_positions_run_compact() -> None:
+    graph, found = plan(*chain(112, 64))
+    assert found.split is not None
+    ran = {graph.steps[number].name for number in graph.ancestors(found.split)}
+    assert {"c0", "c1", "c2"} <= ran
+    assert not found.late
+
+
+def test_few_positions_run_masked() -> None:
+    _, found = plan(*chain(8, 16))
+    assert found.split is None
+
+
+def test_wide_layers_with_few_positions_come_after_the_split() -> None:
+    inputs, x = chain(112, 64)
+    x = layers.AveragePooling2D(56, name="small")(x)
+    for number in range(2):
+        x = layers.Conv2D(512, 3, padding="same", activation="relu", name=f"late{number}")(x)
+    graph, found = plan(inputs, x)
+    assert found.split is not None
+    ran = {graph.steps[number].name for number in graph.ancestors(found.split)}
+    assert "c2" in ran
+    assert "late1" not in ran
+
+
+def test_outputs_are_dropped_late_where_there_are_few_positions() -> None:
+    inputs = x = keras.Input((14, 14, 256))
+    for number in range(3):
+        x = layers.Conv2D(512, 3, padding="same", name=f"c{number}")(x)
+    _, found = plan(inputs, layers.Conv2D(512, 3, strides=3, name="few")(x))
+    assert found.late == {"few"}
+
+
+def test_what_only_a_sum_follows_stays_wide() -> None:
+    inputs = keras.Input((56, 56, 3))
+    x = layers.Conv2D(64, 3, padding="same", name="first")(inputs)
+    y = layers.Conv2D(64, 1, name="inner")(x)
+    y = layers.BatchNormalization()(layers.Conv2D(64, 1, name="last")(y))
+    _, found = plan(inputs, layers.Add()([x, y]))
+    assert "last" in found.masked
+    assert "inner" not in found.masked
+
+
+def test_nothing_pruned_runs_nothing() -> None:
+    graph = ModelGraph(keras.Model(*chain(16, 4)))
+    assert plan_execution(graph, graph.output, [], {}) == Plan(None)
+
+
+def test_the_split_changes_nothing() -> None:
+    inputs, x = chain(112, 64)
+    x = layers.AveragePooling2D(28)(x)
+    x = layers.Conv2D(512, 3, name="last")(x)
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    blocks = find_blocks(graph)
+    ratios = {block.name: 0.7 for block in blocks}
+    bodies = MemberBodies(graph, graph.output, blocks, ratios)
+    found = plan_execution(graph, graph.output, blocks, ratios)
+    assert found.split not in (None, graph.output)
+    rng = np.random.default_rng(0)
+    masks = rng.random((2, sum(block.units for block in blocks))) < 0.3
+    images = rng.normal(0, 1, (3, 112, 112, 3)).astype(np.float32)
+    rows, members = tf.constant([[0, 1], [2, 0]]), tf.constant([5, 6])
+    values = graph.run(images, [graph.output])
+    one = bodies(values, rows, members, tf.constant(masks), lambda *_: None)
+    bodies._compact, bodies._masked = None, type(bodies._masked)(graph, graph.output, blocks)
+    other = bodies(values, rows, members, tf.constant(masks), lambda *_: None)
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert np.abs(one).max() > 0
+
+
+def test_multiply_adds_of_known_layers() -> None:
+    inputs = keras.Input((10, 10, 3))
+    x = layers.Conv2D(4, 3, name="valid")(inputs)
+    x = layers.DepthwiseConv2D(3, strides=2, padding="same", name="deep")(x)
+    x = layers.Dense(5, name="dense")(layers.Flatten()(x))
+    graph = ModelGraph(keras.Model(inputs, x))
+    counts = {step.name: multiply_adds(graph, step) for step in graph.steps}
+    assert counts["valid"] == 64 * 9 * 3 * 4
+    assert counts["deep"] == 16 * 9 * 4
+    assert counts["dense"] == 16 * 4 * 5

@@ -1,0 +1,290 @@
+"""Fits that are shared out to processes, and fits that go on where they were stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Images, weights_of
+
+import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble import fitting, tasks
+
+CHUNK = 1  # bytes: a task for each differentiator
+
+
+def adapted(student: Any, images: Images, **options: Any) -> Any:
+    options = {"ratios": {"conv*": 0.5}, "seed": 0, **options}
+    defence = ktd.DifferentiatorEnsemble(student, **options)
+    defence.adapt(images.x_train, images.y_train, verbose=0)
+    return defence
+
+
+def fit(defence: Any, images: Images, **options: Any) -> Any:
+    options = {"chunk_memory": CHUNK, "verbose": 0, **options}
+    return defence.fit(images.x_train, images.y_train, **options)
+
+
+def check_same(one: Any, other: Any) -> None:
+    expected = weights_of(other)
+    for name, weight in weights_of(one).items():
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+class Forgetful:
+    """Runs tasks at once, and loses every second time what the process knew."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bool] = []
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        if len(self.payloads) % 2:
+            tasks._fitters.clear()
+        self.payloads.append(args[1] is not None)
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_what_is_shared_out_is_what_one_process_finds(student: Any, images: Images) -> None:
+    here, elsewhere = adapted(student, images), adapted(student, images)
+    history = fit(here, images).history
+    executor = Forgetful()
+    assert fit(elsewhere, images, executor=executor).history == history
+    check_same(elsewhere, here)
+    sent = sum(executor.payloads)
+    assert 1 < sent < len(executor.payloads)
+    assert len(executor.payloads) - sent >= 15 + 4
+
+
+def test_the_secret_key_stays_here(student: Any, images: Images) -> None:
+    defence = adapted(student, images, key=bytes(range(16)))
+    seen: list[Any] = []
+
+    class Spy(Forgetful):
+        def submit(self, function: Any, *args: Any) -> Future[Any]:
+            seen.append(args[1])
+            return super().submit(function, *args)
+
+    fit(defence, images, executor=Spy())
+    (payload, *_) = (payload for payload in seen if payload is not None)
+    arrays = [*payload.student, *payload.pruning]
+    assert not any(np.array_equal(np.array(defence._key), array) for array in arrays)
+    assert "key" not in payload.config
+
+
+@pytest.mark.parametrize(
+    ("executor", "error", "match"),
+    [
+        (4, TypeError, r"Executor.*int"),
+        (
+            ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")),
+            ValueError,
+            r"does not survive a fork.*spawn",
+        ),
+    ],
+)
+def test_executors_that_cannot_work_are_refused(
+    executor: Any, error: Any, match: str, student: Any, images: Images
+) -> None:
+    with pytest.raises(error, match=match):
+        fit(adapted(student, images), images, executor=executor)
+
+
+def test_a_worker_of_the_other_keras_is_told(student: Any, images: Images) -> None:
+    payload = tasks.Payload(print, {}, [], [], None, None, legacy=not tasks.LEGACY)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="TF_USE_LEGACY_KERAS="):
+        tasks.fit_elsewhere("other", payload, fitting.Task(0, np.arange(1)))
+
+
+@pytest.mark.slow
+def test_dask_workers_share_a_fit_and_one_may_die(student: Any, images: Images) -> None:
+    distributed = pytest.importorskip("distributed", reason="pip install distributed")
+    here, elsewhere = adapted(student, images), adapted(student, images)
+    fit(here, images)
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as own,
+        distributed.Client(own) as client,
+    ):
+        executor = client.get_executor()
+        killed = []
+
+        class Killer:
+            """Kills a worker when some tasks are done."""
+
+            def submit(self, *args: Any) -> Any:
+                future = executor.submit(*args)
+                if len(killed) == 8:
+                    pid = next(iter(client.run(os.getpid).values()))
+                    os.kill(pid, signal.SIGKILL)
+                killed.append(future)
+                return future
+
+        fit(elsewhere, images, executor=Killer())
+        assert len(killed) > 15
+    check_same(elsewhere, here)
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(defence: Any, images: Images, folder: Path, after: int, **options: Any) -> None:
+    """A fit that stops after some tasks."""
+
+    class Stopping(Forgetful):
+        def submit(self, function: Any, *args: Any) -> Future[Any]:
+            if len(self.payloads) == after:
+                raise StopError
+            return super().submit(function, *args)
+
+    with pytest.raises(StopError):
+        fit(defence, images, executor=Stopping(), backup_dir=folder, **options)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) -> None:
+    """Without a seed, too: what `adapt` and the key drew comes from the backup."""
+    options = {"seed": seed, "members_per_class": 3}
+    first, again = (adapted(student, images, **options) for _ in range(2))
+    stopped(first, images, tmp_path, after=9)
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("task-*")}
+    assert len(done) >= 2
+    seen: list[Any] = []
+
+    class Watching(Forgetful):
+        def submit(self, function: Any, *args: Any) -> Future[Any]:
+            seen.append(args[2])
+            for name, time_written in done.items():
+                assert (tmp_path / name).stat().st_mtime_ns == time_written
+            return super().submit(function, *args)
+
+    executor = Watching()
+    fit(again, images, executor=executor, backup_dir=tmp_path)
+    asked = {f"task-level-{task.level}-{task.bodies[0]}.npz" for task in seen}
+    assert not asked & set(done)
+    np.testing.assert_array_equal(again.member_classes, first.member_classes)
+    np.testing.assert_array_equal(np.array(again._key), np.array(first._key))
+    if seed is not None:
+        fit(first, images)
+        check_same(again, first)
+    assert list(tmp_path.iterdir()) == []
+    rates = again.evaluate(images.x_test, images.y_test, verbose=0)
+    assert rates["retention"].rate > 0.5
+
+
+def test_a_backup_of_something_else_is_refused(
+    student: Any, images: Images, tmp_path: Path
+) -> None:
+    defence = adapted(student, images)
+    stopped(defence, images, tmp_path, after=9)
+    for other in (
+        adapted(student, images, ratios={"conv1": 0.5}),
+        adapted(student, images, head="pair"),
+    ):
+        with pytest.raises(ValueError, match=r"holds the backup of another fit.*remove this one"):
+            fit(other, images, backup_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds the backup of another fit"):
+        fit(defence, images, backup_dir=tmp_path, images_per_class=7)
+    half = Images(images.x_train[::2], images.y_train[::2], images.x_test, images.y_test)
+    with pytest.raises(ValueError, match="other training images"):
+        fit(defence, half, backup_dir=tmp_path)
+    before = [layer.get_weights() for layer in student.layers]
+    try:
+        student.layers[-1].set_weights([w + 1 for w in student.layers[-1].get_weights()])
+        with pytest.raises(ValueError, match="of another Student"):
+            fit(defence, images, backup_dir=tmp_path)
+    finally:
+        for layer, weights in zip(student.layers, before, strict=True):
+            layer.set_weights(weights)
+    fit(defence, images, backup_dir=tmp_path)
+
+
+def test_a_folder_with_other_files_is_left_alone(
+    student: Any, images: Images, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="files that are no backup"):
+        fit(adapted(student, images), images, backup_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["start.npz", "data.npz", "task"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
+def test_a_damaged_backup_is_refused(
+    name: str, damage: str, student: Any, images: Images, tmp_path: Path
+) -> None:
+    defence = adapted(student, images)
+    stopped(defence, images, tmp_path, after=9)
+    path = sorted(tmp_path.glob("task-*"))[0] if name == "task" else tmp_path / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "cut":
+        path.write_bytes(content[:middle])
+    elif damage == "flipped":
+        flipped = bytes(byte ^ 255 for byte in content[middle : middle + 100])
+        path.write_bytes(content[:middle] + flipped + content[middle + 100 :])
+    else:
+        np.savez(path, something=np.zeros(3))
+    with pytest.raises(ValueError, match=r"is damaged.*remove this one to begin anew"):
+        fit(defence, images, backup_dir=tmp_path)
+
+
+SCRIPT = """
+    import sys, time
+    import numpy as np
+    import keras_tl_defense as ktd
+    from keras_tl_defense._keras import keras
+    from keras_tl_defense.ensemble import tasks
+
+    if sys.argv[2] == "slowly":
+        run = tasks.Fitter.__call__
+
+        def slow(*args):
+            time.sleep(0.3)
+            return run(*args)
+
+        tasks.Fitter.__call__ = slow
+    folder = sys.argv[1]
+    data = np.load(f"{folder}/images.npz")
+    student = keras.models.load_model(f"{folder}/student.keras")
+    student.layers[0].trainable = student.get_layer("base").trainable = False
+    defence = ktd.DifferentiatorEnsemble(student, {"conv*": 0.5})
+    defence.adapt(data["x"], data["y"], verbose=0)
+    defence.fit(data["x"], data["y"], chunk_memory=1, backup_dir=f"{folder}/backup", verbose=0)
+    defence.save(f"{folder}/defence.keras")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(student: Any, images: Images, tmp_path: Path) -> None:
+    student.save(tmp_path / "student.keras")
+    np.savez(tmp_path / "images.npz", x=images.x_train, y=images.y_train)
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    process = subprocess.Popen([*command, "slowly"])
+    backup = tmp_path / "backup"
+    while len(list(backup.glob("task-*"))) < 4 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.name for path in backup.glob("task-*")}
+    assert 4 <= len(done) < 15
+    kept = np.load(backup / sorted(done)[0])["kernel"]
+    first = int(np.load(backup / sorted(done)[0])["bodies"][0])
+    subprocess.run([*command, "fast"], check=True)
+    defence = keras.models.load_model(tmp_path / "defence.keras")
+    np.testing.assert_allclose(weights_of(defence)["kernel"][first], kept[0], rtol=1e-3, atol=1e-5)
+    rates = defence.evaluate(images.x_test, images.y_test, verbose=0)
+    assert rates["retention"].rate > 0.5
