@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
+from conftest import Images
 
+import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import find_blocks
+from keras_tl_defense.ensemble import plan as plan_module
 from keras_tl_defense.ensemble.member_bodies import MemberBodies
 from keras_tl_defense.ensemble.plan import Plan, multiply_adds, plan_execution
 from keras_tl_defense.graph import ModelGraph
@@ -109,3 +114,33 @@ def test_multiply_adds_of_known_layers() -> None:
     assert counts["valid"] == 64 * 9 * 3 * 4
     assert counts["deep"] == 16 * 9 * 4
     assert counts["dense"] == 16 * 4 * 5
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "pair", "mode": "vote"}])
+def test_a_defence_answers_the_same_compact(
+    options: Any, student: Any, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gathers that cost nothing even a small network runs compact, served, too."""
+
+    def made() -> Any:
+        defence = ktd.DifferentiatorEnsemble(
+            student, {"conv*": 0.5}, seed=0, key=bytes(16), **options
+        )
+        defence.adapt(images.x_train, images.y_train, verbose=0)
+        defence.fit(images.x_train, images.y_train, verbose=0)
+        return defence
+
+    expected = made().explain(images.x_test, verbose=0)
+    for cost in ("_CALL", "_ROW_GATHERED", "_COLUMN_GATHERED"):
+        monkeypatch.setattr(plan_module, cost, 0.0)
+    defence = made()
+    assert defence.get_layer("differentiators")._body._compact is not None
+    found = defence.explain(images.x_test, verbose=0)
+    exported = defence.export(tmp_path)
+    served = tf.saved_model.load(str(exported)).signatures["serving_default"]
+    answers = served(tf.constant(images.x_test, tf.float32))
+    for name in ("answer", "student_class", "disagreements"):
+        np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(answers[name], expected[name])
+    np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["margins"], expected["margins"], rtol=1e-3, atol=1e-4)
