@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 keras: Any = tf.keras
@@ -34,3 +35,8 @@ if not LEGACY and keras.backend.backend() != "tensorflow":
 
 register = keras.utils.register_keras_serializable(package="keras_tl_defense")
 """Decorator that lets `keras.models.load_model` find one of this library's classes."""
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """The value of a weight of either Keras generation, mirrored on several devices or not."""
+    return np.array(tf.convert_to_tensor(variable))

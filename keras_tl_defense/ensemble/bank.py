@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import keras, to_numpy
 from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.head_bank import HeadBank
@@ -154,7 +154,7 @@ class DifferentiatorBank(keras.layers.Layer):
     @property
     def member_classes(self) -> np.ndarray:
         """The classes that each differentiator knows, int array of shape `(count, size)`."""
-        return np.array(self.masks.class_sets)[: self.count]
+        return to_numpy(self.masks.class_sets)[: self.count]
 
     @property
     def all_pairs(self) -> bool:
@@ -174,7 +174,7 @@ class DifferentiatorBank(keras.layers.Layer):
 
         A unit is a filter or a connection.
         """
-        counts = np.bincount(np.array(self.masks.levels)[: self.count], minlength=len(LEVELS))
+        counts = np.bincount(to_numpy(self.masks.levels)[: self.count], minlength=len(LEVELS))
         own = [] if self.top is None else self.top.kept()
         return [
             (int(level), int(counts[level]), *row)
@@ -240,13 +240,6 @@ class DifferentiatorBank(keras.layers.Layer):
         return CompactBody(
             self._graph, self.tensor, masks.blocks, preprocessing, masks.connection_mask
         )
-
-    def own_features(self, values: tf.Tensor, member: tf.Tensor) -> tf.Tensor:
-        """What the heads read, of what `compact_body` gives, under layers of its own."""
-        assert self.top is not None
-        values = tf.reshape(values, (-1, *self.top.cut_shape))
-        stacks = tf.nest.map_structure(tf.convert_to_tensor, (self._top_weights, self._top_kept))
-        return self.top.run(values, *tf.nest.map_structure(lambda s: tf.gather(s, member), stacks))
 
     def rows_at_once(self, memory: int) -> int:
         """How many rows of `body_features` keep each tensor below `memory` bytes, 1 to 512."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.ensemble.bank import DifferentiatorBank
 from keras_tl_defense.ensemble.mask_bank import LEVELS
 from keras_tl_defense.ensemble.top_training import TopTrainer, tune_tops
+from keras_tl_defense.ensemble.tops import Arrays
 from keras_tl_defense.ensemble.training import (
     ClassImages,
     HeadKind,
@@ -99,7 +101,7 @@ class Fitter:
         self._own = self._sample.first(settings.images_per_class)
         size = bank.member_classes.shape[1]
         self.at_once = members_at_once(self._own, size, bank.features, settings.chunk_memory)
-        self._trainer = self._top = None
+        self._trainer = None
         if bank.top is not None:
             self.at_once = min(self.at_once, _TOPS_AT_ONCE)
             self._trainer = TopTrainer(
@@ -110,10 +112,7 @@ class Fitter:
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
             )
-            self._top = tf.function(
-                bank.own_features,
-                input_signature=[tf.TensorSpec((None, None)), tf.TensorSpec((), "int32")],
-            )
+            self._top = tf.function(self._top_features, reduce_retracing=True)
 
     def __call__(self, task: Task) -> Result:
         """Fit the bodies of a task.
@@ -132,18 +131,18 @@ class Fitter:
             kernel, bias = (np.stack(arrays) for arrays in zip(*found, strict=True))
             return {"kernel": kernel, "bias": bias}
         self.bank.masks.set_level(task.bodies, task.level)
-        class_sets, result = self.bank.member_classes[task.bodies], {}
+        class_sets = self.bank.member_classes[task.bodies]
         given = (self._own, task.bodies, class_sets)
+        features, result = self._body_values, {}
         if self._trainer is not None:
             scores = self.bank.masks.own_scores(task.bodies)
             weights, kept = tune_tops(
                 self._body_values, *given, self._head, self._trainer, scores, self._rngs(task)
             )
-            self.bank.set_tops(task.bodies, weights, kept)
+            features = partial(self._own_features, task.bodies, weights, kept)
             result = {f"weights {name}": array for name, array in weights.items()}
             result |= {f"kept {name}": array for name, array in kept.items()}
-        width = self.bank.features
-        heads = train_heads(self._features, *given, width, self._head, self._rngs(task))
+        heads = train_heads(features, *given, self.bank.features, self._head, self._rngs(task))
         return result | heads._asdict()
 
     def _rngs(self, task: Task) -> list[np.random.Generator]:
@@ -152,9 +151,18 @@ class Fitter:
     def _body_values(self, images: np.ndarray, number: int) -> np.ndarray:
         return self._body(images, self.bank.masks.filter_masks([number])[0].numpy(), number)
 
-    def _features(self, images: np.ndarray, number: int) -> np.ndarray:
-        values = self._body_values(images, number)
-        return values if self._top is None else self._top(values, number).numpy()
+    def _own_features(
+        self, bodies: np.ndarray, weights: Arrays, kept: Arrays, images: np.ndarray, number: int
+    ) -> np.ndarray:
+        """What the heads of one of these bodies read, under its own layers."""
+        (place,) = np.flatnonzero(bodies == number)
+        own = tf.nest.map_structure(lambda stack: tf.constant(stack[place]), (weights, kept))
+        return np.asarray(self._top(tf.constant(self._body_values(images, number)), *own))
+
+    def _top_features(self, values: tf.Tensor, weights: Any, kept: Any) -> tf.Tensor:
+        top = self.bank.top
+        assert top is not None
+        return top.run(tf.reshape(values, (-1, *top.cut_shape)), weights, kept)
 
 
 def fit_differentiators(

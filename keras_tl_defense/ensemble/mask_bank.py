@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import keras, to_numpy
 from keras_tl_defense.blocks import Block
 from keras_tl_defense.pruning.masks import (
     class_set_scores,
@@ -128,7 +128,7 @@ class MaskBank(keras.layers.Layer):
             if block.kind == "filters":
                 masks.append(filter_masks(scores, ratio))
                 continue
-            kernel = np.array(block.step.layer.kernel)
+            kernel = to_numpy(block.step.layer.kernel)
             threshold, tie = connection_thresholds(kernel, scores, ratio)
             assign_rows(self._thresholds[block.name], bodies, threshold)
             assign_rows(self._ties[block.name], bodies, tie)
@@ -146,11 +146,11 @@ class MaskBank(keras.layers.Layer):
 
     def _scores(self, number: int, block: Block, bodies: np.ndarray) -> np.ndarray:
         """Scores of a layer's units, `(bodies, units)`; those of filters with jitter."""
-        means = np.array(self._activations[block.name])
-        scores = class_set_scores(means, np.array(self.class_sets)[bodies])
+        means = to_numpy(self._activations[block.name])
+        scores = class_set_scores(means, to_numpy(self.class_sets)[bodies])
         if block.kind == "connections":
             return scores
-        seed = [*np.array(self.jitter_seed).view(np.uint64).tolist(), number]
+        seed = [*to_numpy(self.jitter_seed).view(np.uint64).tolist(), number]
         noise = np.random.default_rng(seed).normal(size=(self.levels.shape[0], block.units))
         return scores * np.exp(self._jitter * noise[bodies])
 
@@ -186,11 +186,9 @@ class MaskBank(keras.layers.Layer):
 
 def assign_rows(weight: tf.Variable, rows: np.ndarray, values: np.ndarray | int) -> None:
     """Replace some rows of a weight."""
-    variable = weight if isinstance(weight, tf.Variable) else weight.value  # the latter of Keras 3
-    rows = np.asarray(rows)
-    values = np.broadcast_to(values, (len(rows), *weight.shape[1:]))
-    if values.size:
-        variable.scatter_nd_update(rows[:, None], tf.cast(values, variable.dtype))
+    array = to_numpy(weight)
+    array[rows] = values
+    weight.assign(array)
 
 
 class _Layers:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras, register
+from keras_tl_defense._keras import keras, register, to_numpy
 from keras_tl_defense._validation import check_callable, check_integer, check_positive
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.blocks import find_blocks, left_alone
@@ -297,12 +297,12 @@ class DifferentiatorEnsemble(keras.Model):
     @property
     def adapted(self) -> bool:
         """Whether the differentiators are drawn and pruned."""
-        return int(np.array(self._stage)) >= _ADAPTED
+        return int(to_numpy(self._stage)) >= _ADAPTED
 
     @property
     def fitted(self) -> bool:
         """Whether they are trained since."""
-        return int(np.array(self._stage)) >= _FITTED
+        return int(to_numpy(self._stage)) >= _FITTED
 
     @property
     def mode(self) -> str:
@@ -359,7 +359,7 @@ class DifferentiatorEnsemble(keras.Model):
         """What rejects an input: `"count"`, as many disagreements as `reject_threshold`, as in the
         paper; or `"score"`, a score below the threshold of `calibrate`, which sets this.
         """
-        return _DECISIONS[int(np.array(self._decision))]
+        return _DECISIONS[int(to_numpy(self._decision))]
 
     @decision.setter
     def decision(self, value: str) -> None:
@@ -376,7 +376,7 @@ class DifferentiatorEnsemble(keras.Model):
     @property
     def calibration(self) -> Calibration | None:
         """The score's threshold and what it keeps, or `None` before `calibrate`."""
-        asked, threshold, count, n = np.array(self._calibration).tolist()
+        asked, threshold, count, n = to_numpy(self._calibration).tolist()
         if n == 0:
             return None
         kept = Rate.of(np.arange(int(n)) < count)
@@ -430,7 +430,7 @@ class DifferentiatorEnsemble(keras.Model):
             means.adapt_batches(batches, preprocessing=self.preprocessing, verbose=verbose)
             activations |= {name: means[name] for name in means.layers}
         seed = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
-        secret = np.array(self._key).view(np.uint64).tolist()
+        secret = to_numpy(self._key).view(np.uint64).tolist()
         self._bank.prune(activations, seed.view(np.int64), np.random.default_rng(secret))
         self._set_stage(_ADAPTED)
 
@@ -547,7 +547,7 @@ class DifferentiatorEnsemble(keras.Model):
         """Keep what `adapt` drew, or take what a fit that was stopped began with; its seed."""
         drawn = [self._key, *self._bank.pruning_weights]
         if backup.start is None:
-            backup.begin(Start([np.array(weight) for weight in drawn], seed))
+            backup.begin(Start([to_numpy(weight) for weight in drawn], seed))
             return seed
         for weight, value in zip(drawn, backup.start.drawn, strict=True):
             weight.assign(value)
@@ -558,7 +558,7 @@ class DifferentiatorEnsemble(keras.Model):
             type(self).from_config,
             self.get_config(),
             self.student.get_weights(),
-            [np.array(weight) for weight in self._bank.pruning_weights],
+            [to_numpy(weight) for weight in self._bank.pruning_weights],
             sample,
             settings,
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import keras, to_numpy
 from keras_tl_defense.ensemble.tops import Arrays, OwnTop
 from keras_tl_defense.ensemble.training import ClassImages, HeadKind, MemberFeatures, choose_rows
 from keras_tl_defense.pruning.masks import Ratio
@@ -192,7 +192,7 @@ class _Round:
         self._trained = [*self._own.values(), self._kernel, self._bias]
         self._optimizer = keras.optimizers.deserialize(optimizer)
         self._optimizer.build(self._trained)
-        self._fresh_state = [_to_numpy(variable) for variable in self._optimizer.variables]
+        self._fresh_state = [to_numpy(variable) for variable in self._optimizer.variables]
         rows = tf.TensorSpec((None, *top.cut_shape), tf.float32)
         logits = tf.TensorSpec((None, outputs), tf.float32)
         self.features = tf.function(self._features, input_signature=[rows])
@@ -265,7 +265,3 @@ def _ridge(
         kernels.append(kernel)
         biases.append(share @ target - mean @ kernel)
     return np.stack(kernels, axis=1).astype(np.float32), np.array(biases, np.float32)
-
-
-def _to_numpy(variable: Any) -> np.ndarray:
-    return tf.convert_to_tensor(variable).numpy()

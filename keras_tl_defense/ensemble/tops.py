@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tl_defense._keras import to_numpy
 from keras_tl_defense.blocks import Block, find_blocks
 from keras_tl_defense.ensemble.compact import (
     Arrays,
@@ -134,7 +135,7 @@ class OwnTop:
 
     def start(self) -> tuple[Arrays, Arrays]:
         """The Student's weights, and all filters kept."""
-        weights = {name: _to_numpy(weight.variable) for name, weight in self._weights.items()}
+        weights = {name: to_numpy(weight.variable) for name, weight in self._weights.items()}
         return weights, self._all_filters()
 
     def narrow(self, weights: Arrays, kept: Arrays, fewer: Arrays) -> Arrays:
@@ -242,7 +243,7 @@ class OwnTop:
         weights = self.narrow(weights, kept, fewer)
         for name, block in self.pruned_kernels.items():
             inputs = self.channels(block.tensor, fewer)
-            kernel = np.array(self._weights[name].variable)
+            kernel = to_numpy(self._weights[name].variable)
             kernel[inputs] = weights[name]
             own = scores[block.name]
             (threshold,), (tie,) = connection_thresholds(kernel, own[None], ratios[block.name])
@@ -297,7 +298,3 @@ def _check_ratios(ratios: Mapping[str, Ratio], layers: list[str]) -> None:
                 f"The layer {name!r} is not an unfrozen convolution or Dense layer after the cut. "
                 f"Those are: {', '.join(layers) or 'none'}. Received: ratios={dict(ratios)!r}"
             )
-
-
-def _to_numpy(variable: Any) -> np.ndarray:
-    return tf.convert_to_tensor(variable).numpy()
