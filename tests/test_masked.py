@@ -434,6 +434,24 @@ def test_at_an_addition_a_pruned_branch_contributes_nothing(run: Any) -> None:
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
 
 
+@each_form
+def test_a_factor_for_all_channels_of_a_position(run: Any) -> None:
+    """A gate of one channel, as in spatial attention, serves whatever channels stay."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, padding="same", name="a")(inputs)
+    gate = layers.Conv2D(1, 3, padding="same", activation="sigmoid", name="gate")(x)
+    x = layers.Conv2D(4, 3, name="b")(layers.Multiply()([x, gate]))
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    keep = np.array([[1, 0, 1, 0, 0, 1, 0, 1, 1, 0]], bool)
+    images = np.random.default_rng(0).normal(0, 1, (2, 8, 8, 3)).astype(np.float32)
+    features = run(graph, images, np.array([[0, 1]]), np.array([0]), keep)
+    a, gate, b = (graph.step(name).layer for name in ("a", "gate", "b"))
+    x = a(images) * keep[0, :6]
+    expected = np.reshape(b(x * gate(x)) * keep[0, 6:], (2, -1))
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_that_is_used_twice_is_refused_when_it_is_to_be_pruned() -> None:
     inputs = keras.Input((8, 8, 3))
     shared = layers.Conv2D(3, 1, name="shared")

@@ -69,6 +69,7 @@ class CompactLayers:
         steps: As given.
         weights: The weights of the gathered layers.
         sources: For each tensor with channels that may be removed, the filter of each channel.
+        shapes: Of all tensors of the Student, whole.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class CompactLayers:
         late: Collection[str] = (),
         masked: Collection[str] = (),
     ) -> None:
-        self._graph = graph
+        self.shapes = graph.shapes
         self.steps = steps
         self._late = late
         self.weights: dict[str, Weight] = {}
@@ -121,7 +122,7 @@ class CompactLayers:
     def channels(self, tensor: int, kept: Arrays) -> np.ndarray:
         """Numbers of the channels of a tensor that stay when these filters are kept."""
         if tensor not in self.sources:
-            return np.arange(int(self._graph.shapes[tensor][-1] or 0))
+            return np.arange(int(self.shapes[tensor][-1] or 0))
         stays = np.zeros(self.filter_count + 1, bool)
         stays[-1] = True
         for name, filters in kept.items():
@@ -220,8 +221,13 @@ class Channels:
         return _gather_columns(x, place, zero=True)
 
     def move(self, x: tf.Tensor, tensor: int, other: int) -> tf.Tensor:
-        """Keep the channels that stay in another tensor instead of those that stay in `tensor`."""
-        sources = self._layers.sources
+        """Keep the channels that stay in another tensor instead of those that stay in `tensor`.
+
+        A single channel, which serves all of the other's, stays as it is.
+        """
+        sources, shapes = self._layers.sources, self._layers.shapes
+        if shapes[tensor][-1] != shapes[other][-1]:
+            return x
         if np.array_equal(sources.get(tensor, ()), sources.get(other, ())):
             return x
         return self.narrow(self.widen(x, tensor), other)
