@@ -16,7 +16,6 @@ from oracles import Physical
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import LEGACY, keras
 from keras_tl_defense.ensemble.grouped import GroupedBody
-from keras_tl_defense.ensemble.plan import Plan
 
 layers = keras.layers
 CLASSES, PER_CLASS, RATIO = 4, 12, 0.5
@@ -75,12 +74,12 @@ def check_masked(defence: Any, x: np.ndarray) -> None:
     scale = np.abs(expected).max()
     assert scale > 0
     blocks = bank.masks.blocks
-    late = frozenset(step.name for step in graph.steps)
-    filters = frozenset(block.name for block in blocks if block.kind == "filters")
+    late = [step.name for step in graph.steps]
+    filters = [block.name for block in blocks if block.kind == "filters"]
     forms = [bank.member_bodies(values, rows, tf.constant([member])).numpy()]
     forms.append((body := bank.compact_body(None))(body.load(x), mask, member))
-    for plan in (Plan(None), Plan(None, late), Plan(None, masked=filters)):
-        grouped = GroupedBody(graph, tensor, blocks, plan)
+    for options in ({}, {"late": late}, {"masked": filters}):
+        grouped = GroupedBody(graph, tensor, blocks, **options)
         run = tf.function(partial(grouped, connection_mask=bank.masks.connection_mask))
         out = run(values, rows, tf.constant([member]), tf.constant(mask[None]))
         forms.append(out.numpy().reshape(len(x), -1))

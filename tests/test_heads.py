@@ -176,3 +176,20 @@ def test_a_head_against_the_rest_knows_other_classes_and_a_pairs_does_not(
     pair = fitted(student, images, {"conv*": 0.5}, ensemble_size=3, head="pair")
     assert other_classes_rejected(pair, images) < 0.7
     assert other_classes_rejected(defence, images) > 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_half_precision_keeps_margins_however_large_the_mean(scale: float) -> None:
+    """Features of a large mean and a small spread, whose offsets a rounded kernel would miss."""
+    rng = np.random.default_rng(0)
+    positive = (np.arange(60) < 30)[None, :, None]
+    x = rng.normal(1e4, 1, (1, 60, 256)) + 0.5 * positive
+    x = (scale * x).astype(np.float32)
+    heads = fit_heads(x, positive, np.ones((1, 60)))
+    rounded = heads.rounded()
+    plain, half = (x[0].astype(float) @ h.kernel[0, 0] + h.bias[0, 0] for h in (heads, rounded))
+    half_bits = rounded.kernel[0, 0] / np.abs(rounded.kernel[0, 0]).max()
+    np.testing.assert_allclose(half_bits, half_bits.astype(np.float16).astype(float), rtol=1e-6)
+    assert np.abs(plain - half).max() < 0.02
+    kept = heads.kernel[0, 0] - rounded.kernel[0, 0]
+    assert np.abs(x[0].astype(float) @ kept).max() > 0.1  # what an unchanged offset would give

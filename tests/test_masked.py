@@ -15,7 +15,6 @@ from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble.body import CompactBody
 from keras_tl_defense.ensemble.grouped import GroupedBody
 from keras_tl_defense.ensemble.masked import MaskedBody
-from keras_tl_defense.ensemble.plan import Plan
 from keras_tl_defense.graph import ModelGraph
 from keras_tl_defense.pruning.masks import connection_thresholds
 
@@ -69,7 +68,7 @@ def grouped(
     connection_mask: Any = no_connections,
 ) -> np.ndarray:
     """The same, every row's differentiator compact."""
-    body = GroupedBody(graph, graph.output, pruned_blocks(graph, bank), Plan(None))
+    body = GroupedBody(graph, graph.output, pruned_blocks(graph, bank))
     return run_rows(body, graph, x, rows, members, bank, connection_mask)
 
 
@@ -84,8 +83,8 @@ def late(
     """Compact, with outputs dropped from what layers compute, and every second block masked."""
     blocks = pruned_blocks(graph, bank)
     names = [block.name for block in blocks if block.kind == "filters"]
-    plan = Plan(None, frozenset(step.name for step in graph.steps), frozenset(names[1::2]))
-    body = GroupedBody(graph, graph.output, blocks, plan)
+    every = [step.name for step in graph.steps]
+    body = GroupedBody(graph, graph.output, blocks, late=every, masked=names[1::2])
     return run_rows(body, graph, x, rows, members, bank, connection_mask)
 
 
@@ -101,7 +100,7 @@ def split(
     blocks = pruned_blocks(graph, bank)
     between = graph.bottlenecks(graph.output)
     half = between[len(between) // 2]
-    first = GroupedBody(graph, half, blocks, Plan(half))
+    first = GroupedBody(graph, half, blocks)
     rest = MaskedBody(graph, graph.output, blocks, half)
 
     def body(*given: Any) -> tf.Tensor:
@@ -132,7 +131,8 @@ def compact(
 def pruned_blocks(graph: ModelGraph, bank: np.ndarray) -> list[Any]:
     """All prunable layers, or only the convolutions where there are filters to prune."""
     blocks = find_blocks(graph)
-    return [b for b in blocks if b.kind == "filters"] if bank.shape[1] else blocks
+    filters = [block for block in blocks if block.kind == "filters"]
+    return filters if bank.shape[1] else blocks
 
 
 each_form = pytest.mark.parametrize("run", [masked, compact, grouped, late, split])
@@ -449,6 +449,33 @@ def test_a_factor_for_all_channels_of_a_position(run: Any) -> None:
     x = a(images) * keep[0, :6]
     expected = np.reshape(b(x * gate(x)) * keep[0, 6:], (2, -1))
     assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        [layers.Flatten(data_format="channels_first")],
+        [layers.Flatten(), layers.LayerNormalization()],
+        [layers.Flatten(), layers.Dense(5)],
+    ],
+    ids=["channels first", "normalised", "dense"],
+)
+@each_form
+def test_what_no_removed_channel_reaches_runs_as_it_is(last: Any, run: Any) -> None:
+    inputs = keras.Input((8, 8, 3))
+    branches = [layers.Conv2D(4, 3, padding="same", name=name)(inputs) for name in "ab"]
+    x = layers.Add(name="sum")(branches)
+    for layer in last:
+        x = type(layer).from_config(layer.get_config())(x)
+    graph = ModelGraph(keras.Model(inputs, x))
+    keep = np.array([[1, 0, 1, 0, 0, 0, 1, 1]], bool)
+    images = np.random.default_rng(0).normal(0, 1, (2, 8, 8, 3)).astype(np.float32)
+    a, b = (graph.step(name).layer(images) for name in "ab")
+    expected = a * keep[0, :4] + b * keep[0, 4:]
+    for step in graph.steps[3:]:
+        expected = step.layer(expected)
+    features = run(graph, images, np.array([[0, 1]]), np.array([0]), keep)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 

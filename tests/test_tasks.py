@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -79,9 +80,10 @@ def test_the_secret_key_stays_here(student: Any, images: Images) -> None:
 
     fit(defence, images, executor=Spy())
     (payload, *_) = (payload for payload in seen if payload is not None)
-    arrays = [*payload.student, *payload.pruning]
-    assert not any(np.array_equal(np.array(defence._key), array) for array in arrays)
-    assert "key" not in payload.config
+    sent = pickle.dumps(payload)
+    assert defence.student.get_weights()[0].tobytes() in sent
+    assert bytes(range(16)) == np.array(defence._key).tobytes()
+    assert bytes(range(16)) not in sent
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_executors_that_cannot_work_are_refused(
 
 
 def test_a_worker_of_the_other_keras_is_told(student: Any, images: Images) -> None:
-    payload = tasks.Payload(print, {}, [], [], None, None, legacy=not tasks.LEGACY)  # type: ignore[arg-type]
+    payload = tasks.Payload(print, {}, [], [], [], None, None, legacy=not tasks.LEGACY)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="TF_USE_LEGACY_KERAS="):
         tasks.fit_elsewhere("other", payload, fitting.Task(0, np.arange(1)))
 
@@ -220,8 +222,11 @@ def test_a_folder_with_other_files_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+DAMAGE = ["cut", "first", "middle", "last", "other", "array", "text"]
+
+
 @pytest.mark.parametrize("name", ["start.npz", "data.npz", "task"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_backup_is_refused(
     name: str, damage: str, student: Any, images: Images, tmp_path: Path
 ) -> None:
@@ -232,13 +237,103 @@ def test_a_damaged_backup_is_refused(
     middle = len(content) // 2
     if damage == "cut":
         path.write_bytes(content[:middle])
-    elif damage == "flipped":
-        flipped = bytes(byte ^ 255 for byte in content[middle : middle + 100])
-        path.write_bytes(content[:middle] + flipped + content[middle + 100 :])
-    else:
+    elif damage == "other":
         np.savez(path, something=np.zeros(3))
+    elif damage == "array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif damage == "text":
+        path.write_text("mine")
+    else:
+        start = {"first": 0, "middle": middle, "last": len(content) - 60}[damage]
+        flipped = bytes(byte ^ 255 for byte in content[start : start + 100])
+        path.write_bytes(content[:start] + flipped + content[start + 100 :])
     with pytest.raises(ValueError, match=r"is damaged.*remove this one to begin anew"):
         fit(defence, images, backup_dir=tmp_path)
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "missing", "text"])
+def test_a_result_that_no_task_gives_is_refused(
+    change: str, student: Any, images: Images, tmp_path: Path
+) -> None:
+    defence = adapted(student, images)
+    stopped(defence, images, tmp_path, after=9)
+    path = sorted(tmp_path.glob("task-*"))[0]
+    with np.load(path) as file:
+        arrays = dict(file)
+    if change == "nan":
+        arrays["kernel"][0, 0, 0] = np.nan
+    elif change == "shape":
+        arrays["kernel"] = arrays["kernel"][:, :, :-1]
+    elif change == "missing":
+        del arrays["loss"]
+    else:
+        arrays["bias"] = arrays["bias"].astype(str)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="is damaged"):
+        fit(defence, images, backup_dir=tmp_path)
+
+
+def test_a_backup_knows_what_the_student_computes(
+    student: Any, images: Images, tmp_path: Path
+) -> None:
+    """Other functions with the same weights, and another preprocessing, are something else."""
+    stopped(adapted(student, images), images, tmp_path, after=9)
+    halved = adapted(student, images, preprocessing=lambda x: x / 2)
+    with pytest.raises(ValueError, match="of another Student, or preprocessing"):
+        fit(halved, images, backup_dir=tmp_path)
+    half = adapted(student, images, preprocessing=lambda x: x / 1)  # any callable will do
+    fit(half, images, backup_dir=tmp_path)
+
+
+def test_a_refused_fit_leaves_the_defence_as_it_was(
+    student: Any, images: Images, tmp_path: Path
+) -> None:
+    options = {"seed": None, "members_per_class": 3}
+    stopped(adapted(student, images, **options), images, tmp_path, after=9)
+    defence = adapted(student, images, **options)
+    fit(defence, images)
+    expected = defence.explain(images.x_test, verbose=0)
+    half = Images(images.x_train[::2], images.y_train[::2], images.x_test, images.y_test)
+    with pytest.raises(ValueError, match="other training images, or in another order"):
+        fit(defence, half, backup_dir=tmp_path)
+    for name, values in defence.explain(images.x_test, verbose=0).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_only_their_owner_reads_the_files(student: Any, images: Images, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    stopped(adapted(student, images), images, tmp_path, after=9)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert {"start.npz", "data.npz"} < set(modes)
+    assert set(modes.values()) == {0o600}
+
+
+def test_weights_of_the_preprocessing_go_along(images: Images) -> None:
+    normalization = keras.layers.Normalization()
+    normalization.adapt(images.x_train.astype(np.float32))
+    inputs = keras.Input(images.x_train.shape[1:])
+    x = keras.layers.Conv2D(8, 3, activation="relu", trainable=False, name="conv")(inputs)
+    x = keras.layers.Flatten()(x)
+    student = keras.Model(inputs, keras.layers.Dense(6)(x))
+    here, elsewhere = (
+        adapted(student, images, preprocessing=normalization, ratios={"conv": 0.5})
+        for _ in range(2)
+    )
+    fit(here, images)
+    fit(elsewhere, images, executor=Forgetful())
+    check_same(elsewhere, here)
+
+
+def test_a_preprocessing_that_cannot_travel_is_refused(student: Any, images: Images) -> None:
+    defence = adapted(student, images, preprocessing=lambda x: x / 1)
+    with pytest.raises(ValueError, match="To share out the work, `preprocessing` must be a Keras"):
+        fit(defence, images, executor=Forgetful())
+
+
+def test_nothing_is_kept_of_a_fit_that_is_over(student: Any, images: Images) -> None:
+    fit(adapted(student, images), images, executor=Forgetful())
+    assert not tasks._fitters
 
 
 SCRIPT = """

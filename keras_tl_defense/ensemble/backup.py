@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from keras_tl_defense.ensemble.fitting import Result, Task
 from keras_tl_defense.ensemble.training import ClassImages
@@ -33,8 +33,7 @@ class Start(NamedTuple):
 class Backup:
     """A folder with the state before a fit, and a file for each task that is done.
 
-    Files appear whole or not at all. They hold the secret key, so others may not enter a folder
-    that is made here.
+    Files appear whole or not at all, and only their owner may read them: one holds the secret key.
 
     Args:
         folder: Where; made when it is not there.
@@ -56,13 +55,15 @@ class Backup:
         names = {path.name for path in self._folder.iterdir()}
         if _START in names:
             stored = self._read(_START, "identity", "seed")
-            if stored["identity"].item() != self._identity:
+            if str(stored["identity"]) != self._identity:
                 raise self._error(
                     "holds the backup of another fit: of another Student, other ratios or other "
                     "arguments. With ratios='auto', give a `seed`, so that the search finds the "
                     "same again"
                 )
-            drawn = [stored[f"drawn {number}"] for number in range(len(stored) - 2)]
+            drawn = [stored[name] for name in stored if name.startswith("drawn ")]
+            if stored["seed"].shape or stored["seed"].dtype.kind != "i":
+                raise self._error(f"is damaged: {_START} is not what it should be")
             self.start = Start(drawn, int(stored["seed"]))
         elif any(not name.startswith(_PART) for name in names):
             raise self._error("holds files that are no backup of a fit")
@@ -73,26 +74,55 @@ class Backup:
         self._write(_START, {"identity": self._identity, "seed": start.seed, **drawn})
         self.start = start
 
-    def check_data(self, sample: ClassImages) -> None:
-        """Keep what tells the training images from others, or compare them with what was kept.
+    def check_data(self, sample: ClassImages, logits: np.ndarray) -> None:
+        """Keep what tells the training images and the Student from others, or compare it.
+
+        Args:
+            sample: Training images.
+            logits: The Student's outputs for some of them.
 
         Raises:
             ValueError: They are others than those of the fit that was stopped.
         """
         digest = fingerprint(sample)
         if not (self._folder / _DATA).exists():
-            self._write(_DATA, {"digest": digest})
-        elif self._read(_DATA, "digest")["digest"].item() != digest:
-            raise self._error("holds the backup of a fit with other training images")
+            self._write(_DATA, {"digest": digest, "logits": logits})
+            return
+        kept = self._read(_DATA, "digest", "logits")
+        if str(kept["digest"]) != digest:
+            raise self._error(
+                "holds the backup of a fit with other training images, or in another order"
+            )
+        scale = float(np.abs(logits).max())
+        if not np.allclose(kept["logits"], logits, rtol=1e-3, atol=1e-3 * scale):
+            raise self._error("holds the backup of a fit of another Student, or preprocessing")
 
-    def load(self, task: Task) -> Result | None:
-        """What a task gave; `None` when it is not done."""
+    def restore(self, weights: Sequence[Any]) -> None:
+        """Give weights what the fit that was stopped began with."""
+        assert self.start is not None
+        drawn = self.start.drawn
+        fits = len(drawn) == len(weights) and all(
+            array.shape == tuple(weight.shape) and array.dtype == tf.as_dtype(weight.dtype)
+            for array, weight in zip(drawn, weights, strict=True)
+        )
+        if not fits:
+            raise self._error(f"is damaged: {_START} is not what it should be")
+        for array, weight in zip(drawn, weights, strict=True):
+            weight.assign(array)
+
+    def load(self, task: Task, gives: Callable[[Task, Result], bool]) -> Result | None:
+        """What a task gave; `None` when it is not done.
+
+        Args:
+            task: The task.
+            gives: Whether it can have given a result.
+        """
         name = _file_name(task)
         if not (self._folder / name).exists():
             return None
         result = self._read(name, "bodies")
-        if not np.array_equal(result.pop("bodies"), task.bodies):
-            raise self._error(f"is damaged: {name} is of other differentiators")
+        if not np.array_equal(result.pop("bodies"), task.bodies) or not gives(task, result):
+            raise self._error(f"is damaged: {name} is not what it should be")
         return result
 
     def store(self, task: Task, result: Result) -> None:
@@ -106,19 +136,21 @@ class Backup:
                 path.unlink()
 
     def _write(self, name: str, arrays: dict[str, Any]) -> None:
-        part = self._folder / f"{_PART}{name}"
-        np.savez(part, **arrays)
-        os.replace(part, self._folder / name)
+        # Others may not read it: what it holds is secret.
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_PART, delete=False) as part:
+            np.savez(part, **arrays)
+        os.replace(part.name, self._folder / name)
 
     def _read(self, name: str, *needed: str) -> Result:
-        try:
-            with np.load(self._folder / name, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise self._error(f"is damaged: {name} cannot be read") from error
-        if not set(needed) <= set(arrays):
+        with open(self._folder / name, "rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    found = {key: arrays[key] for key in arrays.files}
+            except Exception as error:  # a damaged file can make zipfile and NumPy raise anything
+                raise self._error(f"is damaged: {name} cannot be read") from error
+        if not set(needed) <= set(found):
             raise self._error(f"is damaged: {name} is not what it should be")
-        return arrays
+        return found
 
     def _error(self, problem: str) -> ValueError:
         return ValueError(

@@ -29,6 +29,7 @@ from keras_tl_defense.graph import ModelGraph
 
 _REFERENCES = 4  # one where nothing makes them differ
 _TOO_MANY_BYTES = 8 << 30
+_HEAD_BYTES = 2  # a number of a head
 
 
 class DifferentiatorBank(keras.layers.Layer):
@@ -308,20 +309,21 @@ def _feature_count(graph: ModelGraph, cut: int) -> int:
 def most_features(roster: Roster, head: HeadKind) -> int:
     """How many features the heads of so many differentiators may read."""
     heads = head_count(head, roster.size) * roster.count
-    return _TOO_MANY_BYTES // (4 * (heads + _REFERENCES * roster.classes))
+    return _TOO_MANY_BYTES // (_HEAD_BYTES * (heads + _REFERENCES * roster.classes))
 
 
 def _check_size(roster: Roster, heads: int, features: int, width: int, top: OwnTop | None) -> None:
     count = roster.count
     own = 0 if top is None else top.bytes_per_differentiator
-    size = count * (4 * heads * features + own) + 4 * _REFERENCES * roster.classes * width
+    size = count * (_HEAD_BYTES * heads * features + own)
+    size += _HEAD_BYTES * _REFERENCES * roster.classes * width
     if size <= _TOO_MANY_BYTES:
         return
     remedy = (
         "Have fewer of them with `members_per_class=`, let the heads read a layer with fewer "
         'features, with `head_layer=` or `cut=`, or give each pair one head with `head="pair"`.'
     )
-    if own > 4 * heads * features:
+    if own > _HEAD_BYTES * heads * features:
         remedy = (
             "Have fewer of them with `members_per_class=`, leave the unfrozen layers to the "
             'Student with `tune="head"`, or prune them harder.'

@@ -123,19 +123,12 @@ class CompactBody:
             values = self._values_at_start(values)
         names = [block.name for block in self._filters]
         channels = self._layers.keep(dict(zip(names, kept, strict=True)))
-        weights = {
-            name: tf.convert_to_tensor(weight.variable)
-            for name, weight in self._layers.weights.items()
-        }
+        connections = {}
         for name in self._connections:
             assert self._connection_mask is not None
-            mask = self._connection_mask(name, member)
-            weights[f"{name}/kernel"] *= tf.cast(mask, tf.float32)
-        found = self._layers.forward(
-            {self._start: values}, channels.narrow_weights(weights), channels
-        )
-        features = channels.widen(found[self._tensor], self._tensor)
-        return tf.cast(tf.reshape(features, (-1, self._graph.size(self._tensor))), tf.float32)
+            connections[name] = self._connection_mask(name, member)
+        features = self._layers.frozen_end({self._start: values}, channels, connections)
+        return tf.reshape(features, (-1, self._graph.size(self._tensor)))
 
 
 def _compiled(function: Any, *signature: Any) -> Any:

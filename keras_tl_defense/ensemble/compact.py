@@ -83,7 +83,7 @@ class CompactLayers:
         masked: Collection[str] = (),
     ) -> None:
         self.shapes = graph.shapes
-        self.steps = steps
+        self.steps, self._end = steps, end
         self._late = late
         self.weights: dict[str, Weight] = {}
         for step in self.steps:
@@ -144,8 +144,8 @@ class CompactLayers:
             if step.name in self._gathered:
                 late = step.name in self._late
                 found[step.outputs[0]] = _run_gathered(step, found, weights, channels, late)
-            elif isinstance(step.layer, _layers.Flatten):  # Keras's wants to know the channels
-                x = found[step.inputs[0]]
+            elif isinstance(step.layer, _layers.Flatten) and step.inputs[0] in self.sources:
+                x = found[step.inputs[0]]  # Keras's layer wants to know the channels
                 found[step.outputs[0]] = tf.reshape(x, (tf.shape(x)[0], -1))
             elif treats_channels_alike(step.layer):
                 found.update(zip(step.outputs, step(found), strict=True))
@@ -160,6 +160,25 @@ class CompactLayers:
             for tensor in step.outputs:
                 found[tensor] = self._masked(found[tensor], tensor, channels)
         return found
+
+    def frozen_end(
+        self,
+        start: Mapping[int, tf.Tensor],
+        channels: Channels,
+        connections: Mapping[str, tf.Tensor],
+    ) -> tf.Tensor:
+        """The tensor at the end under the Student's weights, zeros where channels are missing.
+
+        Args:
+            start: The tensors at which the layers begin, compact.
+            channels: What stays.
+            connections: Masks of the kernels of Dense layers, by the layers' names.
+        """
+        weights = {name: tf.convert_to_tensor(w.variable) for name, w in self.weights.items()}
+        for name, mask in connections.items():
+            weights[f"{name}/kernel"] *= tf.cast(mask, tf.float32)
+        found = self.forward(start, channels.narrow_weights(weights), channels)
+        return tf.cast(channels.widen(found[self._end], self._end), tf.float32)
 
     def _masked(self, x: tf.Tensor, tensor: int, channels: Channels) -> tf.Tensor:
         if tensor not in self._masks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ class Task(NamedTuple):
     bodies: np.ndarray
 
 
-RunTasks = Callable[[Sequence[Task], Callable[[int], None]], list[Result]]
-"""Runs tasks, calls the second with the number of bodies that are done, and returns results."""
+RunTasks = Callable[[Sequence[Task]], Iterator[tuple[Task, Result]]]
+"""Runs tasks, in any order, and gives each with its result."""
 
 
 class Fitter:
@@ -145,6 +145,25 @@ class Fitter:
         heads = train_heads(features, *given, self.bank.features, self._head, self._rngs(task))
         return result | heads._asdict()
 
+    def gives(self, task: Task, result: Result) -> bool:
+        """Whether a result could be what this task gives: its arrays, their shapes, finite."""
+        bank, count = self.bank, len(task.bodies)
+        heads = bank.reference_heads if task.level is None else bank.heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "kernel": (count, heads.count, heads.features),
+            "bias": (count, heads.count),
+        }
+        if task.level is not None:
+            shapes |= {"accuracy": (count,), "loss": (count,)}
+            if bank.top is not None:
+                for name, shape in bank.top.weight_shapes().items():
+                    shapes[f"weights {name}"] = (count, *shape)
+                for name, kept in bank.top.kept_counts().items():
+                    shapes[f"kept {name}"] = (count, kept)
+        found = {name: array.shape for name, array in result.items()}
+        numbers = all(array.dtype.kind in "fi" for array in result.values())
+        return found == shapes and numbers and all(np.isfinite(a).all() for a in result.values())
+
     def _rngs(self, task: Task) -> list[np.random.Generator]:
         return [np.random.default_rng([self._seed, int(number)]) for number in task.bodies]
 
@@ -186,15 +205,17 @@ def fit_differentiators(
     for level in range(len(LEVELS)):
         starts = range(0, len(members), fitter.at_once)
         tasks = [Task(level, members[start : start + fitter.at_once]) for start in starts]
-        found = _joined(run(tasks, _progress(len(members), "differentiator", verbose)))
         bank.masks.set_level(members, level)
-        bank.heads.set(members, found["kernel"], found["bias"])
-        weights, kept = (
-            {name.removeprefix(kind): a for name, a in found.items() if name.startswith(kind)}
-            for kind in ("weights ", "kept ")
-        )
-        bank.set_tops(members, weights, kept)
-        loss[members], accuracy[members] = found["loss"], found["accuracy"]
+        progress = _progress(len(members), "differentiator", verbose)
+        for task, found in run(tasks):
+            bank.heads.set(task.bodies, found["kernel"], found["bias"])
+            weights, kept = (
+                {name.removeprefix(kind): a for name, a in found.items() if name.startswith(kind)}
+                for kind in ("weights ", "kept ")
+            )
+            bank.set_tops(task.bodies, weights, kept)
+            loss[task.bodies], accuracy[task.bodies] = found["loss"], found["accuracy"]
+            progress(len(task.bodies))
         history["loss"].append(float(loss.mean()))
         history["accuracy"].append(float(accuracy.mean()))
         members = np.flatnonzero(accuracy < _FLOOR)
@@ -211,14 +232,11 @@ def fit_differentiators(
             stacklevel=3,
         )
     tasks = [Task(None, bank.references[i : i + 1]) for i in range(len(bank.references))]
-    found = _joined(run(tasks, _progress(len(tasks), "reference", verbose)))
-    every = np.arange(len(bank.references))
-    bank.reference_heads.set(every, found["kernel"], found["bias"])
+    progress = _progress(len(tasks), "reference", verbose)
+    for task, found in run(tasks):
+        bank.reference_heads.set(task.bodies - bank.count, found["kernel"], found["bias"])
+        progress(1)
     return history
-
-
-def _joined(results: Sequence[Result]) -> Result:
-    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
 
 
 def _progress(count: int, unit: str, verbose: int | str) -> Callable[[int], None]:

@@ -6,14 +6,13 @@ each differentiator runs once for all its rows, with kernels gathered to the fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tensorflow as tf
 
 from keras_tl_defense.blocks import Block
 from keras_tl_defense.ensemble.compact import CompactLayers, can_gather
 from keras_tl_defense.ensemble.masked import ConnectionMask
-from keras_tl_defense.ensemble.plan import Plan
 from keras_tl_defense.graph import ModelGraph
 
 _PARALLEL = 2  # differentiators at a time
@@ -27,10 +26,17 @@ class GroupedBody:
         end: Number of the tensor at which the layers end; each of them returns one tensor.
         blocks: The layers that are pruned; filters are numbered in this order, one block after the
             other. Those that do not come before the end do not matter.
-        plan: Which layers run in another way; see `CompactLayers`.
+        late, masked: Names of layers that run in another way; see `CompactLayers`.
     """
 
-    def __init__(self, graph: ModelGraph, end: int, blocks: Sequence[Block], plan: Plan) -> None:
+    def __init__(
+        self,
+        graph: ModelGraph,
+        end: int,
+        blocks: Sequence[Block],
+        late: Collection[str] = (),
+        masked: Collection[str] = (),
+    ) -> None:
         self._end = end
         self._shape = graph.shapes[end]
         pruned = {block.name for block in blocks}
@@ -56,8 +62,8 @@ class GroupedBody:
             end,
             [block for block in blocks if block.kind == "filters"],
             gathered=lambda step: step.name in dense or can_gather(graph, step),
-            late=plan.late,
-            masked=plan.masked,
+            late=late,
+            masked=masked,
         )
 
     def __call__(
@@ -119,12 +125,5 @@ class GroupedBody:
         channels = self._layers.keep_masked(mask)
         start = {t: tf.gather(values[t], images) for t in [*self._first, *self._shared]}
         start |= {t: channels.narrow(start[t], t) for t in self._first}
-        weights = {
-            name: tf.convert_to_tensor(weight.variable)
-            for name, weight in self._layers.weights.items()
-        }
-        for name in self._connections:
-            weights[f"{name}/kernel"] *= tf.cast(connection_mask(name, member), tf.float32)
-        found = self._layers.forward(start, channels.narrow_weights(weights), channels)
-        value = channels.widen(found[self._end], self._end)
-        return tf.ensure_shape(tf.cast(value, tf.float32), self._shape)
+        connections = {name: connection_mask(name, member) for name in self._connections}
+        return tf.ensure_shape(self._layers.frozen_end(start, channels, connections), self._shape)

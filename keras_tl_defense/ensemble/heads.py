@@ -30,12 +30,22 @@ class Heads(NamedTuple):
         margins: Float32 array of shape `(bodies, rows, heads)`: the margin of each image under a
             head that was trained on all others.
         strength: Float array of shape `(bodies,)`: the regularisation chosen.
+        mean: Float32 array of shape `(bodies, features)`: of the images, by their weights.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
     margins: np.ndarray
     strength: np.ndarray
+    mean: np.ndarray
+
+    def rounded(self) -> Heads:
+        """The heads in half precision, each with a scale, and offsets that suit the rounded."""
+        scale = np.abs(self.kernel).max(axis=2, keepdims=True)
+        half = (self.kernel / np.where(scale > 0, scale, 1)).astype(np.float16)
+        kernel = half.astype(np.float32) * scale
+        moved = np.einsum("bhf,bf->bh", (self.kernel - kernel).astype(float), self.mean)
+        return self._replace(kernel=kernel, bias=(self.bias + moved).astype(np.float32))
 
 
 def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> Heads:
@@ -89,6 +99,7 @@ def fit_heads(features: np.ndarray, positive: np.ndarray, weight: np.ndarray) ->
         np.where(tells, (bias - middle) / half, -1).astype(np.float32),
         np.where(tells[:, None], (margins - middle[:, None]) / half[:, None], -1).astype("float32"),
         strength,
+        mean.numpy()[:, 0],
     )
 
 

@@ -185,10 +185,18 @@ class MaskBank(keras.layers.Layer):
 
 
 def assign_rows(weight: tf.Variable, rows: np.ndarray, values: np.ndarray | int) -> None:
-    """Replace some rows of a weight."""
-    array = to_numpy(weight)
-    array[rows] = values
-    weight.assign(array)
+    """Replace some rows of a weight, in place where it is not mirrored on several devices."""
+    variable = weight if isinstance(weight, tf.Variable) else weight.value  # the latter of Keras 3
+    rows = np.asarray(rows)
+    values = np.broadcast_to(values, (len(rows), *weight.shape[1:]))
+    if not values.size:
+        return
+    try:
+        variable.scatter_nd_update(rows[:, None], tf.cast(values, variable.dtype))
+    except NotImplementedError:
+        array = to_numpy(weight)
+        array[rows] = values
+        weight.assign(array)
 
 
 class _Layers:

@@ -44,7 +44,7 @@ class MemberBodies:
         plan = plan_execution(graph, end, blocks, ratios)
         self._compact = None
         if plan.split is not None:
-            self._compact = GroupedBody(graph, plan.split, blocks, plan)
+            self._compact = GroupedBody(graph, plan.split, blocks, plan.late, plan.masked)
         self._masked = MaskedBody(graph, end, blocks, plan.split)
         self._width = graph.size(end)
         self.row_bytes = 4 * max(graph.size(step.outputs[0]) for step in steps)

@@ -38,7 +38,7 @@ from keras_tl_defense.ensemble.fitting import FitSettings, Fitter, fit_different
 from keras_tl_defense.ensemble.search import search_ratios
 from keras_tl_defense.ensemble.selection import new_key
 from keras_tl_defense.ensemble.summary import describe, memory_table, summarise
-from keras_tl_defense.ensemble.tasks import Payload, check_executor, task_runner
+from keras_tl_defense.ensemble.tasks import Payload, check_executor, forget, task_runner
 from keras_tl_defense.ensemble.tops import OwnTop, own_blocks
 from keras_tl_defense.ensemble.training import ClassImages, HeadKind, sample_classes
 from keras_tl_defense.graph import ModelGraph
@@ -480,14 +480,16 @@ class DifferentiatorEnsemble(keras.Model):
             images_per_class: At most this many images of each class are used for a
                 differentiator, chosen at random. More take longer and reject fewer honest inputs.
                 Defaults to `100`.
-            chunk_memory: Bytes for the heads that are fitted at once, about; the training images
-                and the references' heads take more. Defaults to 1 GiB.
+            chunk_memory: Bytes for the heads that are fitted at once, about; the training images,
+                the references' heads and what is kept come on top. Defaults to 1 GiB.
             executor: A `concurrent.futures.Executor` whose processes share the work, such as Dask's
                 `Client(…).get_executor()`. They get the Student, the masks and training images, not
-                the secret key. What comes out is what one process finds. Defaults to this process.
-            backup_dir: Folder that keeps what is done, and is emptied in the end. When the process
-                was killed, the same lines with the same data go on there; what the folder holds
-                replaces what `adapt` drew, the secret key among it.
+                the secret key; `preprocessing` must be a layer or registered function that they can
+                import. What comes out is what one process finds. Defaults to this process.
+            backup_dir: Folder that keeps what is done, the secret key among it, readable by its
+                owner, and is emptied in the end. When the process was killed, the same lines with
+                the same data, in the same order, go on there; what the folder holds replaces what
+                `adapt` drew.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -516,7 +518,8 @@ class DifferentiatorEnsemble(keras.Model):
         backup = None
         if backup_dir is not None:
             backup = Backup(backup_dir, [*self._identity(), *settings.identity()])
-            settings = settings._replace(seed=self._begin(backup, seed))
+            if backup.start is not None:
+                settings = settings._replace(seed=backup.start.seed)
         sample = sample_classes(
             self._batches(x, y, batch_size, labelled=True),
             images_per_class,
@@ -524,12 +527,13 @@ class DifferentiatorEnsemble(keras.Model):
             for_reference=True,
         )
         if backup is not None:
-            backup.check_data(sample)
+            self._begin(backup, settings.seed, sample)
         self._set_stage(_ADAPTED)
         fitter = Fitter(self._bank, sample, self.head, self.preprocessing, settings)
         run = task_runner(fitter, partial(self._payload, sample, settings), executor, backup)
         history = keras.callbacks.History()
         history.history = fit_differentiators(fitter, run, verbose)
+        forget()
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
         if backup is not None:
@@ -537,27 +541,35 @@ class DifferentiatorEnsemble(keras.Model):
         return history
 
     def _identity(self) -> list[Any]:
-        """What tells this defence from others, before `adapt` drew anything."""
-        config = self.get_config()
-        for part in ("name", "student", "preprocessing"):
-            del config[part]
-        return [sorted(config.items()), *self.student.get_weights()]
+        """What a fit depends on, besides the data, what was drawn, and the Student's functions."""
+        roster = (self.members_per_class, self.classes_per_member, self.grouping)
+        made = (self.head, self.head_layer, self.tune, self.jitter, self.cut, *roster)
+        return [sorted(self.ratios.items()), made, *self.student.get_weights()]
 
-    def _begin(self, backup: Backup, seed: int) -> int:
-        """Keep what `adapt` drew, or take what a fit that was stopped began with; its seed."""
+    def _begin(self, backup: Backup, seed: int, sample: ClassImages) -> None:
+        """Keep what `adapt` drew, or take what a fit that was stopped began with."""
         drawn = [self._key, *self._bank.pruning_weights]
+        images = self._preprocess(tf.constant(sample.images[:8], tf.float32))
+        logits = self._graph.run(images, [self._graph.output])[self._graph.output].numpy()
         if backup.start is None:
             backup.begin(Start([to_numpy(weight) for weight in drawn], seed))
-            return seed
-        for weight, value in zip(drawn, backup.start.drawn, strict=True):
-            weight.assign(value)
-        return backup.start.seed
+        backup.check_data(sample, logits)
+        backup.restore(drawn)
 
     def _payload(self, sample: ClassImages, settings: FitSettings) -> Payload:
+        try:
+            config = self.get_config()
+        except ValueError as error:
+            raise ValueError(
+                "To share out the work, `preprocessing` must be a Keras layer or a registered "
+                f"function that the workers can import. Received: {self.preprocessing!r}"
+            ) from error
+        layer = isinstance(self.preprocessing, keras.layers.Layer)
         return Payload(
             type(self).from_config,
-            self.get_config(),
+            config,
             self.student.get_weights(),
+            self.preprocessing.get_weights() if layer else [],
             [to_numpy(weight) for weight in self._bank.pruning_weights],
             sample,
             settings,
@@ -747,11 +759,12 @@ class DifferentiatorEnsemble(keras.Model):
         """What the Student and the parts of its differentiators take, as they are kept.
 
         Returns:
-            Columns `part`, `bytes`, `each` (bytes for each differentiator) and `of_student` (in
-            sizes of the Student); a row for the `student`, the differentiators' `heads`, `own
-            layers` (of `tune="unfrozen"`), `masks` and `activations` (from which the masks of Dense
-            layers are recomputed), the `references`, the `draw` of members; for `all`; and for a
-            Student for each differentiator in place of all that, `students instead`.
+            Columns `part`, `bytes`, `each` (of a differentiator, for its heads and own layers) and
+            `of_student` (in sizes of the Student); a row for the `student`, the differentiators'
+            `heads`, `own layers` (of `tune="unfrozen"`), `masks` and `activations` (from which the
+            masks of Dense layers are recomputed), the `references`, the `draw` of members; for
+            `all`; and for a Student for each differentiator in place of all that, `students
+            instead`.
 
         Raises:
             RuntimeError: `adapt` was not called.

@@ -67,7 +67,10 @@ def memory_table(defence: Any, parts: dict[str, list[Any]]) -> pd.DataFrame:
     sizes["students instead"] = (count + 1) * student
     table = pd.DataFrame({"part": list(sizes), "bytes": list(sizes.values())})
     return table.assign(
-        each=[size / count if part in parts else float("nan") for part, size in sizes.items()],
+        each=[
+            size / count if part in ("heads", "own layers") else float("nan")
+            for part, size in sizes.items()
+        ],
         of_student=table["bytes"] / student,
     )
 

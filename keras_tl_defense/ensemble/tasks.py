@@ -27,6 +27,7 @@ class Payload(NamedTuple):
         make: `DifferentiatorEnsemble.from_config`.
         config: What it takes.
         student: The Student's weights.
+        preprocessing: Weights of the preprocessing, where it is a layer.
         pruning: The bank's `pruning_weights`.
         sample: Training images.
         settings: What was asked for.
@@ -36,6 +37,7 @@ class Payload(NamedTuple):
     make: Callable[[dict[str, Any]], Any]
     config: dict[str, Any]
     student: list[np.ndarray]
+    preprocessing: list[np.ndarray]
     pruning: list[np.ndarray]
     sample: ClassImages
     settings: FitSettings
@@ -50,6 +52,11 @@ class Payload(NamedTuple):
             )
         defence = self.make(self.config)
         defence.student.set_weights(self.student)
+        if self.preprocessing:
+            defence.preprocessing.set_weights(self.preprocessing)
+            for layer in defence.preprocessing._flatten_layers():
+                if hasattr(layer, "finalize_state"):  # what Normalization computes of its weights
+                    layer.finalize_state()
         bank = defence.get_layer("differentiators")
         for weight, value in zip(bank.pruning_weights, self.pruning, strict=True):
             weight.assign(value)
@@ -71,13 +78,16 @@ def task_runner(
         backup: Keeps what is done, and knows what was done before; `None` keeps nothing.
     """
 
-    def here(tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
-        return ((number, fitter(task)) for number, task in enumerate(tasks))
+    compute = partial(_here, fitter)
+    if executor is not None:
+        compute = partial(_share_out, executor, uuid.uuid4().hex, payload())
+    return compute if backup is None else partial(_kept, compute, backup, fitter.gives)
 
-    if executor is None:
-        return partial(_run, here, backup)
-    name, packed = uuid.uuid4().hex, payload()
-    return partial(_run, partial(_share_out, executor, name, packed), backup)
+
+def forget() -> None:
+    """Drop what this process keeps of fits that others gave it."""
+    with _lock:
+        _fitters.clear()
 
 
 def check_executor(executor: Any) -> Executor | None:
@@ -106,51 +116,51 @@ def check_executor(executor: Any) -> Executor | None:
     return kept
 
 
-def _run(
-    compute: Callable[[Sequence[Task]], Iterator[tuple[int, Result]]],
-    backup: Backup | None,
+def _here(fitter: Fitter, tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
+    return ((task, fitter(task)) for task in tasks)
+
+
+def _kept(
+    compute: RunTasks,
+    backup: Backup,
+    gives: Callable[[Task, Result], bool],
     tasks: Sequence[Task],
-    progress: Callable[[int], None],
-) -> list[Result]:
-    results: dict[int, Result] = {}
-    for number, task in enumerate(tasks):
-        known = None if backup is None else backup.load(task)
-        if known is not None:
-            results[number] = known
-            progress(len(task.bodies))
-    open_numbers = [number for number in range(len(tasks)) if number not in results]
-    for place, result in compute([tasks[number] for number in open_numbers]):
-        number = open_numbers[place]
-        if backup is not None:
-            backup.store(tasks[number], result)
-        results[number] = result
-        progress(len(tasks[number].bodies))
-    return [results[number] for number in range(len(tasks))]
+) -> Iterator[tuple[Task, Result]]:
+    """Results that the backup has, then those of the other tasks, which it gets."""
+    missing = []
+    for task in tasks:
+        known = backup.load(task, gives)
+        if known is None:
+            missing.append(task)
+        else:
+            yield task, known
+    for task, result in compute(missing):
+        backup.store(task, result)
+        yield task, result
 
 
 def _share_out(
     executor: Executor, name: str, payload: Payload, tasks: Sequence[Task]
-) -> Iterator[tuple[int, Result]]:
-    """Results of tasks as they come, with their places.
+) -> Iterator[tuple[Task, Result]]:
+    """Results of tasks as they come.
 
     The payload is large, so a task goes without it first; a process that does not know it asks.
     """
-    waiting = list(range(len(tasks)))[::-1]
-    running: dict[Future[Result | None], int] = {}
+    waiting = list(tasks)[::-1]
+    running: dict[Future[Result | None], Task] = {}
     done = 0
     try:
         while waiting or running:
             while waiting and len(running) < min(_FIRST_IN_FLIGHT + done, _MOST_IN_FLIGHT):
-                number = waiting.pop()
-                running[executor.submit(fit_elsewhere, name, None, tasks[number])] = number
+                task = waiting.pop()
+                running[executor.submit(fit_elsewhere, name, None, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, result = running.pop(future), future.result()
+                task, result = running.pop(future), future.result()
                 if result is None:
-                    again = executor.submit(fit_elsewhere, name, payload, tasks[number])
-                    running[again] = number
+                    running[executor.submit(fit_elsewhere, name, payload, task)] = task
                 else:
                     done += 1
-                    yield number, result
+                    yield task, result
     finally:
         for future in running:
             future.cancel()
@@ -161,7 +171,9 @@ _fitters: dict[str, Fitter] = {}
 
 
 def fit_elsewhere(name: str, payload: Payload | None, task: Task) -> Result | None:
-    """Run a task in another process; `None` asks for the payload, which is kept for the next.
+    """Run a task in another process; `None` asks for the payload.
+
+    What the process made of it is kept for the next task, until the next fit.
 
     Args:
         name: Name of the fit that the task belongs to.

@@ -210,7 +210,7 @@ def train_heads(
     for place, member in enumerate(members):
         unique, index = np.unique(rows.numbers[place], return_inverse=True)
         features[place] = member_features(sample.images[unique], int(member))[index]
-    heads = fit_heads(features, positive, weight)
+    heads = fit_heads(features, positive, weight).rounded()
     right = (heads.margins > 0) == positive
     error = (heads.margins - np.where(positive, 1, -1)) ** 2
     # A head of two classes that tells nothing speaks for neither.
@@ -243,7 +243,7 @@ def train_reference(
     labels = np.repeat(classes, sample.counts)
     features = member_features(sample.images, reference)
     positive = labels[:, None] == classes
-    heads = fit_heads(features[None], positive[None], (1 / sample.counts)[labels][None])
+    heads = fit_heads(features[None], positive[None], (1 / sample.counts)[labels][None]).rounded()
     return heads.kernel[0], heads.bias[0]
 
 
