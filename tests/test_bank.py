@@ -154,7 +154,7 @@ def test_layers_that_heads_cannot_read(student: Any) -> None:
 
 
 def test_too_many_heads_are_refused(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = (15 * 2 + 4 * CLASSES) * 4 * 20  # and the references
+    size = (15 * 2 + 4 * CLASSES) * 2 * 20  # and the references
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size)
     ktd.DifferentiatorEnsemble(student, 0.5)
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", size - 1)

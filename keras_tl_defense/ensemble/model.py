@@ -485,7 +485,7 @@ class DifferentiatorEnsemble(keras.Model):
             executor: A `concurrent.futures.Executor` whose processes share the work, such as Dask's
                 `Client(…).get_executor()`. They get the Student, the masks and training images, not
                 the secret key; `preprocessing` must be a layer or registered function that they can
-                import. What comes out is what one process finds. Defaults to this process.
+                import. What comes out is what one process finds, to rounding. Defaults to this one.
             backup_dir: Folder that keeps what is done, the secret key among it, readable by its
                 owner, and is emptied in the end. When the process was killed, the same lines with
                 the same data, in the same order, go on there; what the folder holds replaces what
