@@ -253,7 +253,7 @@ def test_a_bank_that_is_refused_leaves_the_defence_as_it_was(
 ) -> None:
     defence = ktd.DifferentiatorEnsemble(student, seed=0, search_budget=6)
     monkeypatch.setattr(bank, "_TOO_MANY_BYTES", 1000)
-    with pytest.raises(ValueError, match="more than 4 features"):
+    with pytest.raises(ValueError, match="more than 9 features"):
         defence.adapt(images.x_train, images.y_train, verbose=0)
     assert (defence.ratios, defence.head_layer, defence.search_history) == ("auto", None, None)
 
