@@ -131,7 +131,7 @@ def test_a_defence_answers_the_same_compact(
         return defence
 
     expected = made().explain(images.x_test, verbose=0)
-    for cost in ("_CALL", "_ROW_GATHERED", "_COLUMN_GATHERED"):
+    for cost in ("_LOOP", "_CALL", "_ROW_GATHERED", "_COLUMN_GATHERED"):
         monkeypatch.setattr(plan_module, cost, 0.0)
     defence = made()
     assert defence.get_layer("differentiators")._body._compact is not None
