@@ -30,7 +30,7 @@ from keras_tl_defense.ensemble.masked import MaskedBody
 from keras_tl_defense.ensemble.plan import multiply_adds, plan_execution
 from keras_tl_defense.graph import ModelGraph
 
-CLASSES, PER_CLASS = 10, 4
+CLASSES, PER_CLASS = 10, 2
 NETWORKS = {
     "six convolutions": 32,
     "VGG16": 224,
