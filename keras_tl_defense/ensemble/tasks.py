@@ -77,7 +77,6 @@ def task_runner(
         executor: Runs them elsewhere; `None` runs them here, one after the other.
         backup: Keeps what is done, and knows what was done before; `None` keeps nothing.
     """
-
     compute = partial(_here, fitter)
     if executor is not None:
         compute = partial(_share_out, executor, uuid.uuid4().hex, payload())
