@@ -5,8 +5,8 @@
 A Student of GTSRB (43 classes) on the frozen layers of a Teacher of six convolutions, cut at
 `flatten`, trained by Keras as a user would. Then `adapt` and `fit`, all 903 pairs, for pair heads
 and one-vs-rest heads; and, in a process with the legacy Keras, what a user would otherwise write
-for a pair: the Student wrapped by TensorFlow Model Optimization, trained on the same 100 images of
-each of the two classes for five epochs, and stripped. `DATA` holds gtsrb32.npz and the Teacher.
+for a pair: the Student wrapped by TensorFlow Model Optimization, trained on 100 images of each of
+the two classes for five epochs, and stripped. `DATA` holds gtsrb32.npz and the Teacher.
 Writes `build.csv` and `build.json` to `OUTPUT`.
 """
 
@@ -79,7 +79,9 @@ def with_tfmot(teacher: Any, data: Any, arguments: argparse.Namespace) -> list[f
 
 def main() -> None:
     """Measure, print a table, and write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--ratio", type=float, default=0.7)

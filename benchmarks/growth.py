@@ -1,6 +1,6 @@
-"""How time and size grow with the number of classes, ten differentiators for each class.
+"""How time and size grow with the number of classes, ten differentiators (or all) for each.
 
-    python benchmarks/growth.py OUTPUT [--classes 43 100 300 1000]
+    python benchmarks/growth.py OUTPUT [--classes 10 43 100 300 1000]
 
 Images are drawn: a pattern for each class, 20 noisy copies of it to learn from. The Student has the
 six convolutions of an untrained Teacher, frozen, and a Dense layer of its own; half of the first
@@ -67,7 +67,12 @@ def measure(classes: int) -> dict[str, Any]:
         return result
 
     defence = ktd.DifferentiatorEnsemble(
-        student, {"conv1*": 0.5}, head_layer="pool2", members_per_class=10, seed=0, key=bytes(16)
+        student,
+        {"conv1*": 0.5},
+        head_layer="pool2",
+        members_per_class=min(10, classes - 1),
+        seed=0,
+        key=bytes(16),
     )
     timed("adapt s", lambda: defence.adapt(x, y, verbose=0))
     timed("fit s", lambda: defence.fit(x, y, verbose=0))
@@ -96,9 +101,11 @@ def measure(classes: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure each number of classes in a process of its own, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
-    parser.add_argument("--classes", nargs="+", type=int, default=[43, 100, 300, 1000])
+    parser.add_argument("--classes", nargs="+", type=int, default=[10, 43, 100, 300, 1000])
     parser.add_argument("--one", action="store_true", help="measure here, print JSON")
     arguments = parser.parse_args()
     if arguments.one:

@@ -1,14 +1,24 @@
 """What an answer costs beside the Student's own, on one machine in one run.
 
-    python benchmarks/latency.py OUTPUT [--networks VGG16 …] [--batches 1 32] [--times 5]
+    python benchmarks/latency.py OUTPUT [--networks VGG16 …] [--ratios "all 0.7" …]
+        [--batches 1 256] [--times 5]
 
 Networks have random weights, since only their shapes matter, and heads that tell nothing; ten
-classes, pairs of them, five members for an image. "defended" is all that `predict` computes: the
-Student, five members, four references, the draw and the score; "votes" the Student and the members
-alone, which is what the paper measures. Times are medians, each divided by that of the Student's
-own pass, measured in turn with it. "masked" is "votes" without compact execution. "compact" is the
-share of the frozen layers' multiplications that runs compact. Writes `latency.csv` and
-`latency.json` to `OUTPUT`.
+classes, which the Student's answers to noise spread over, pairs of them, five members for an image.
+"defended" is all that one call of the model computes: the Student, five members, four references,
+the draw and the score; "votes" the Student, the draw and the members' votes alone, as in the paper.
+Times are medians, each divided by that of the Student's own pass, measured in turn with it.
+"masked" is "votes" without compact execution, of up to 32 images, since more do not fit into
+memory. A call has the whole batch; `predict` cuts batches of large images into several calls.
+
+Random weights cannot be searched. "first 0.7" is what a search tends to find: the first convolution
+alone, and for the six convolutions heads that read `pool1`; of the other networks at this size only
+the cut has few enough features for the search. "early 0.7" reads an early layer of those, too, as a
+user may set it by hand.
+
+"compact" is the share of the members' multiplications that runs with gathered kernels, "computed"
+how many of the Student's multiplications in the same layers a member is left with. Writes
+`latency.csv` and `latency.json` to `OUTPUT`.
 """
 
 from __future__ import annotations
@@ -26,11 +36,15 @@ import tensorflow as tf
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
+from keras_tl_defense.ensemble import plan as plan_module
+from keras_tl_defense.ensemble.compact import can_gather
 from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.member_bodies import MANY
 from keras_tl_defense.ensemble.plan import multiply_adds, plan_execution
+from keras_tl_defense.ensemble.selection import fingerprint
 from keras_tl_defense.graph import ModelGraph
 
-CLASSES, PER_CLASS = 10, 2
+CLASSES, PER_CLASS, MOST_MASKED = 10, 2, 32
 NETWORKS = {
     "six convolutions": 32,
     "VGG16": 224,
@@ -39,11 +53,11 @@ NETWORKS = {
     "MobileNetV2": 224,
     "EfficientNetB0": 224,
 }
-EARLY = {"six convolutions": "pool1", "VGG16": "block1_pool", "MobileNet": "conv_dw_4_relu"}
-"""Where the heads read in "first 0.7", which is what the search tends to find."""
+EARLY = {"VGG16": "block1_pool", "MobileNet": "conv_dw_4_relu"}
+LABELS = ["all 0.5", "all 0.7", "first 0.7", "early 0.7"]
 
 
-def build(name: str) -> Any:
+def build(name: str, classes: int = CLASSES) -> Any:
     """A Student with frozen layers of random weights."""
     size = NETWORKS[name]
     keras.utils.set_random_seed(0)
@@ -55,7 +69,15 @@ def build(name: str) -> Any:
         make = getattr(keras.applications, name)
         base = make(weights=None, include_top=False, input_shape=shape, pooling="avg")
     base.trainable = False
-    return keras.Sequential([keras.Input((size, size, 3)), base, keras.layers.Dense(CLASSES)])
+    return keras.Sequential([keras.Input((size, size, 3)), base, keras.layers.Dense(classes)])
+
+
+def spread_answers(student: Any, x: np.ndarray) -> None:
+    """Let the answers to such images be of all classes."""
+    logits = student.predict(x.astype(np.float32), verbose=0)
+    kernel, bias = student.layers[-1].get_weights()
+    scale = logits.std(axis=0) + 1e-12
+    student.layers[-1].set_weights([kernel / scale, (bias - logits.mean(axis=0)) / scale])
 
 
 def medians(functions: dict[str, Callable[[], Any]], times: int) -> dict[str, float]:
@@ -70,6 +92,35 @@ def medians(functions: dict[str, Callable[[], Any]], times: int) -> dict[str, fl
     return {name: float(np.median(values)) for name, values in taken.items()}
 
 
+def arithmetic(defence: Any, batch: int) -> dict[str, float]:
+    """The columns "compact" and "computed", where members are drawn evenly."""
+    graph, bank = defence._graph, defence.get_layer("differentiators")
+    blocks = bank.masks.blocks
+    given = (graph, bank.tensor, blocks, defence.ratios)
+    plan = plan_execution(*given)
+    drawn = batch * defence.ensemble_size
+    if drawn / min(drawn, bank.count) >= MANY:
+        plan = plan_execution(*given, images=MANY, instead_of=plan)
+    compact = set() if plan.split is None else set(graph.ancestors(plan.split))
+    share = plan_module._shares(
+        graph, bank.tensor, [b for b in blocks if b.name not in plan.masked], defence.ratios
+    )
+    total = gathered = computed = 0.0
+    for index, first in plan_module._changed(graph, bank.tensor, blocks).items():
+        step = graph.steps[index]
+        work = 0 if first else multiply_adds(graph, step)  # the first is the Student's own
+        total += work
+        if index not in compact or not can_gather(graph, step):
+            computed += work
+            continue
+        gathered += work
+        kept = share.get(step.inputs[0], 1.0)
+        if step.name not in plan.late and not isinstance(step.layer, keras.layers.DepthwiseConv2D):
+            kept *= share.get(step.outputs[0], 1.0)
+        computed += work * kept
+    return {"compact": gathered / max(total, 1), "computed": computed / max(total, 1)}
+
+
 def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[str, Any]]:
     """A row for each batch size."""
     student = build(name)
@@ -77,12 +128,17 @@ def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(CLASSES), PER_CLASS)
     x = rng.integers(0, 256, (len(y), size, size, 3), dtype=np.uint8)
+    spread_answers(student, x)
     ratio = float(label.split()[-1])
     options: dict[str, Any] = {"ratios": {"*conv*": ratio}}
     graph = ModelGraph(student)
-    if label.startswith("first"):
+    if not label.startswith("all"):
         first = next(s.name for s in graph.steps if isinstance(s.layer, keras.layers.Conv2D))
-        options = {"ratios": {first: ratio}, "head_layer": EARLY[name]}
+        options = {"ratios": {first: ratio}}
+        if label.startswith("early"):
+            options["head_layer"] = EARLY[name]
+        elif name == "six convolutions":
+            options["head_layer"] = "pool1"
     defence = ktd.DifferentiatorEnsemble(student, seed=0, **options)
     defence.adapt(x, y, verbose=0)
     defence._set_stage(2)  # heads of zeros serve; fitted ones would ask for gentler ratios
@@ -90,21 +146,20 @@ def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[
     graph = defence._graph
     blocks = bank.masks.blocks
     masked = MaskedBody(graph, bank.tensor, blocks)
-    steps = [graph.steps[number] for number in graph.ancestors(bank.tensor)]
-    split = plan_execution(graph, bank.tensor, blocks, defence.ratios).split
-    ran = [] if split is None else [graph.steps[number] for number in graph.ancestors(split)]
-    share = sum(multiply_adds(graph, s) for s in ran) / sum(multiply_adds(graph, s) for s in steps)
     k = defence.ensemble_size
 
     def members(images: Any, body: Callable[..., Any]) -> Any:
         values = graph.run(images, [graph.output])
+        logits = values[graph.output]
+        classes = tf.argmax(logits, axis=1, output_type=tf.int32)
+        drawn = bank.draw(fingerprint(images), defence._key, classes, k)
         rows = tf.repeat(tf.range(tf.shape(images)[0]), k)[:, None]
-        drawn = tf.random.uniform((tf.shape(images)[0] * k,), 0, bank.count, tf.int32)
-        return values[graph.output], body(values, rows, drawn)
+        features = body(values, rows, tf.reshape(drawn, [-1]))
+        return logits, bank.margins(features, drawn, classes)
 
     def run_masked(values: Any, rows: Any, drawn: Any) -> Any:
         given = (bank.masks.filter_masks(drawn), bank.masks.connection_mask)
-        return masked(values, rows, drawn, *given)
+        return tf.reshape(masked(values, rows, drawn, *given), (-1, bank.features))
 
     def own(images: Any) -> Any:
         return graph.run(images, [graph.output])[graph.output]
@@ -117,15 +172,14 @@ def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[
     rows = []
     for batch in batches:
         images = tf.constant(rng.integers(0, 256, (batch, size, size, 3)), tf.float32)
-        taken = medians(
-            {
-                "student": partial(plain, images),
-                "votes": partial(votes, images),
-                "defended": partial(defended, images),
-                "masked": partial(all_masked, images),
-            },
-            times,
-        )
+        passes: dict[str, Callable[[], Any]] = {
+            "student": partial(plain, images),
+            "votes": partial(votes, images),
+            "defended": partial(defended, images),
+        }
+        if batch <= MOST_MASKED:
+            passes["masked"] = partial(all_masked, images)
+        taken = medians(passes, times)
         alone = taken.pop("student")
         rows.append(
             {
@@ -135,7 +189,7 @@ def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[
                 "batch": batch,
                 "Student, ms an image": 1000 * alone / batch,
                 **{key: value / alone for key, value in taken.items()},
-                "compact": share,
+                **arithmetic(defence, batch),
             }
         )
         print(rows[-1], flush=True)
@@ -144,16 +198,21 @@ def measure(name: str, label: str, batches: list[int], times: int) -> list[dict[
 
 def main() -> None:
     """Measure every network and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--ratios", nargs="+", choices=LABELS, default=LABELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 256])
     parser.add_argument("--times", type=int, default=5)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name in arguments.networks:
-        for label in ("all 0.5", "all 0.7", *(["first 0.7"] if name in EARLY else [])):
+        for label in arguments.ratios:
+            if label == "early 0.7" and name not in EARLY:
+                continue
             rows += measure(name, label, arguments.batches, arguments.times)
             table = pd.DataFrame(rows)
             table.to_csv(arguments.output / "latency.csv", index=False)

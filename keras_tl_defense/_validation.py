@@ -74,3 +74,10 @@ def check_callable(name: str, value: Any) -> Any:
             f"Received: {name}={value!r}"
         )
     return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """The value itself; `ValueError` when it is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+    return value

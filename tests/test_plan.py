@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Images
+from conftest import Images, fitted
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.blocks import find_blocks
 from keras_tl_defense.ensemble import plan as plan_module
-from keras_tl_defense.ensemble.member_bodies import MemberBodies
+from keras_tl_defense.ensemble.masked import MaskedBody
+from keras_tl_defense.ensemble.member_bodies import MANY, MemberBodies
 from keras_tl_defense.ensemble.plan import Plan, multiply_adds, plan_execution
 from keras_tl_defense.graph import ModelGraph
 
@@ -98,10 +99,84 @@ def test_the_split_changes_nothing() -> None:
     rows, members = tf.constant([[0, 1], [2, 0]]), tf.constant([5, 6])
     values = graph.run(images, [graph.output])
     one = bodies(values, rows, members, tf.constant(masks), lambda *_: None)
-    bodies._compact, bodies._masked = None, type(bodies._masked)(graph, graph.output, blocks)
-    other = bodies(values, rows, members, tf.constant(masks), lambda *_: None)
+    masked = MaskedBody(graph, graph.output, blocks)
+    other = masked(values, rows, members, tf.constant(masks), lambda *_: None)
+    other = tf.reshape(other, one.shape)
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert np.abs(one).max() > 0
+
+
+def test_differentiators_with_many_images_share_their_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, x = chain(24, 48)
+    graph = ModelGraph(keras.Model(inputs, layers.Flatten()(x)))
+    blocks = find_blocks(graph)
+    ratios = {block.name: 0.6 for block in blocks}
+    few = plan_execution(graph, graph.output, blocks, ratios)
+    many = plan_execution(graph, graph.output, blocks, ratios, images=MANY, instead_of=few)
+    assert few.split is None
+    assert many.split is not None
+    bodies = MemberBodies(graph, graph.output, blocks, ratios)
+    masked = MaskedBody(graph, graph.output, blocks)
+    ran: list[str] = []
+    for name in ("_few", "_many"):
+        monkeypatch.setattr(bodies, name, Noted(getattr(bodies, name), name, ran))
+    rng = np.random.default_rng(0)
+    masks = tf.constant(rng.random((2, 144)) < 0.4)
+    values = graph.run(rng.normal(0, 1, (40, 24, 24, 3)).astype(np.float32), [graph.output])
+    for count, way in ((MANY - 1, "_few"), (MANY, "_many"), (40, "_many")):
+        rows = tf.constant(rng.integers(0, 40, (2, count)))
+        given = (values, rows, tf.constant([3, 1]), masks, lambda *_: None)
+        ran.clear()
+        found = bodies(*given)
+        assert ran == [way]
+        expected = tf.reshape(masked(*given), found.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert np.abs(found).max() > 0
+
+
+def test_frozen_layers_of_a_precision_of_their_own(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers in single precision under a head in another, run in two ways."""
+    base = build_base(images)
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        inputs = keras.Input(images.x_train.shape[1:])
+        head = layers.Dense(6, dtype="float32")(layers.Flatten()(base(inputs)))
+        student = keras.Model(inputs, head)
+        costs = {"_CALL": 0, "_ROW_GATHERED": 0, "_COLUMN_GATHERED": 0, "_LOOP": 50_000}
+        for cost, value in costs.items():
+            monkeypatch.setattr(plan_module, cost, value)
+        defence = fitted(student, images, {"conv*": 0.5}, ensemble_size=3)
+        body = defence.get_layer("differentiators")._body
+        assert body._many is not body._few
+        every = defence.predict(images.x_test, batch_size=64, verbose=0)
+        alone = defence.predict(images.x_test[:5], batch_size=1, verbose=0)
+        np.testing.assert_array_equal(alone, every[:5])
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
+def build_base(images: Images) -> Any:
+    inputs = x = keras.Input(images.x_train.shape[1:])
+    for number in range(2):
+        x = layers.Conv2D(32, 3, padding="same", activation="relu", name=f"conv{number}")(x)
+    base = keras.Model(inputs, x, name="base")
+    base.trainable = False
+    return base
+
+
+class Noted:
+    """Runs something and notes its name."""
+
+    def __init__(self, run: Any, name: str, ran: list[str]) -> None:
+        self.run, self.name, self.ran = run, name, ran
+
+    def __call__(self, *given: Any) -> Any:
+        self.ran.append(self.name)
+        return self.run(*given)
 
 
 def test_multiply_adds_of_known_layers() -> None:
@@ -134,7 +209,7 @@ def test_a_defence_answers_the_same_compact(
     for cost in ("_LOOP", "_CALL", "_ROW_GATHERED", "_COLUMN_GATHERED"):
         monkeypatch.setattr(plan_module, cost, 0.0)
     defence = made()
-    assert defence.get_layer("differentiators")._body._compact is not None
+    assert defence.get_layer("differentiators")._body._few._compact is not None
     found = defence.explain(images.x_test, verbose=0)
     exported = defence.export(tmp_path)
     served = tf.saved_model.load(str(exported)).signatures["serving_default"]

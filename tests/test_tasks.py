@@ -10,17 +10,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import Images, weights_of
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.ensemble import fitting, tasks
+from keras_tl_defense.ensemble import backup, fitting, tasks
 
 CHUNK = 1  # bytes: a task for each differentiator
 
@@ -43,19 +44,35 @@ def check_same(one: Any, other: Any) -> None:
         np.testing.assert_allclose(weight, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-class Forgetful:
+class Forgetful(Executor):
     """Runs tasks at once, and loses every second time what the process knew."""
 
     def __init__(self) -> None:
         self.payloads: list[bool] = []
 
-    def submit(self, function: Any, *args: Any) -> Future[Any]:
+    def submit(self, function: Any, /, *args: Any, **_: Any) -> Future[Any]:
         if len(self.payloads) % 2:
             tasks._fitters.clear()
         self.payloads.append(args[1] is not None)
         future: Future[Any] = Future()
         future.set_result(function(*args))
         return future
+
+
+class Client:
+    """Takes functions as Dask's does, but is no executor."""
+
+    def submit(self, function: Any, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+class Vanishing(Forgetful):
+    """Breaks once the process keeps something of the fit."""
+
+    def submit(self, function: Any, /, *args: Any, **_: Any) -> Future[Any]:
+        if tasks._fitters:
+            raise RuntimeError("the cluster is gone")
+        return super().submit(function, *args)
 
 
 def test_what_is_shared_out_is_what_one_process_finds(student: Any, images: Images) -> None:
@@ -74,7 +91,7 @@ def test_the_secret_key_stays_here(student: Any, images: Images) -> None:
     seen: list[Any] = []
 
     class Spy(Forgetful):
-        def submit(self, function: Any, *args: Any) -> Future[Any]:
+        def submit(self, function: Any, /, *args: Any, **_: Any) -> Future[Any]:
             seen.append(args[1])
             return super().submit(function, *args)
 
@@ -90,6 +107,7 @@ def test_the_secret_key_stays_here(student: Any, images: Images) -> None:
     ("executor", "error", "match"),
     [
         (4, TypeError, r"Executor.*int"),
+        (Client(), TypeError, r"client.get_executor\(\).*Client"),
         (
             ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")),
             ValueError,
@@ -122,10 +140,10 @@ def test_dask_workers_share_a_fit_and_one_may_die(student: Any, images: Images) 
         executor = client.get_executor()
         killed = []
 
-        class Killer:
+        class Killer(Executor):
             """Kills a worker when some tasks are done."""
 
-            def submit(self, *args: Any) -> Any:
+            def submit(self, *args: Any, **_: Any) -> Any:
                 future = executor.submit(*args)
                 if len(killed) == 8:
                     pid = next(iter(client.run(os.getpid).values()))
@@ -146,7 +164,7 @@ def stopped(defence: Any, images: Images, folder: Path, after: int, **options: A
     """A fit that stops after some tasks."""
 
     class Stopping(Forgetful):
-        def submit(self, function: Any, *args: Any) -> Future[Any]:
+        def submit(self, function: Any, /, *args: Any, **_: Any) -> Future[Any]:
             if len(self.payloads) == after:
                 raise StopError
             return super().submit(function, *args)
@@ -157,8 +175,8 @@ def stopped(defence: Any, images: Images, folder: Path, after: int, **options: A
 
 @pytest.mark.parametrize("seed", [0, None])
 def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) -> None:
-    """Without a seed, too: what `adapt` and the key drew comes from the backup."""
-    options = {"seed": seed, "members_per_class": 3}
+    """Without a seed, too: what `adapt` drew comes from the backup."""
+    options = {"seed": seed, "members_per_class": 3, "key": bytes(range(16))}
     first, again = (adapted(student, images, **options) for _ in range(2))
     stopped(first, images, tmp_path, after=9)
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("task-*")}
@@ -166,7 +184,7 @@ def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) 
     seen: list[Any] = []
 
     class Watching(Forgetful):
-        def submit(self, function: Any, *args: Any) -> Future[Any]:
+        def submit(self, function: Any, /, *args: Any, **_: Any) -> Future[Any]:
             seen.append(args[2])
             for name, time_written in done.items():
                 assert (tmp_path / name).stat().st_mtime_ns == time_written
@@ -177,11 +195,13 @@ def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) 
     asked = {f"task-level-{task.level}-{task.bodies[0]}.npz" for task in seen}
     assert not asked & set(done)
     np.testing.assert_array_equal(again.member_classes, first.member_classes)
-    np.testing.assert_array_equal(np.array(again._key), np.array(first._key))
+    assert bytes(range(16)) == np.array(again._key).tobytes()
     if seed is not None:
         fit(first, images)
         check_same(again, first)
-    assert list(tmp_path.iterdir()) == []
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    fit(again, images, backup_dir=tmp_path)  # all is done
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     rates = again.evaluate(images.x_test, images.y_test, verbose=0)
     assert rates["retention"].rate > 0.5
 
@@ -191,13 +211,12 @@ def test_a_backup_of_something_else_is_refused(
 ) -> None:
     defence = adapted(student, images)
     stopped(defence, images, tmp_path, after=9)
-    for other in (
-        adapted(student, images, ratios={"conv1": 0.5}),
-        adapted(student, images, head="pair"),
-    ):
-        with pytest.raises(ValueError, match=r"holds the backup of another fit.*remove this one"):
+    for name, value in (("ratios", {"conv1": 0.5}), ("head", "pair"), ("seed", 1)):
+        other = adapted(student, images, **{name: value})
+        message = f"holds the backup of another fit, which differs in {name}. .*remove this one"
+        with pytest.raises(ValueError, match=message):
             fit(other, images, backup_dir=tmp_path)
-    with pytest.raises(ValueError, match="holds the backup of another fit"):
+    with pytest.raises(ValueError, match="differs in images_per_class"):
         fit(defence, images, backup_dir=tmp_path, images_per_class=7)
     half = Images(images.x_train[::2], images.y_train[::2], images.x_test, images.y_test)
     with pytest.raises(ValueError, match="other training images"):
@@ -205,12 +224,49 @@ def test_a_backup_of_something_else_is_refused(
     before = [layer.get_weights() for layer in student.layers]
     try:
         student.layers[-1].set_weights([w + 1 for w in student.layers[-1].get_weights()])
-        with pytest.raises(ValueError, match="of another Student"):
+        with pytest.raises(ValueError, match="differs in Student's weights"):
             fit(defence, images, backup_dir=tmp_path)
     finally:
         for layer, weights in zip(student.layers, before, strict=True):
             layer.set_weights(weights)
     fit(defence, images, backup_dir=tmp_path)
+
+
+def test_a_task_of_another_fit_is_refused(student: Any, images: Images, tmp_path: Path) -> None:
+    """Even where all arguments are the same, and only what was drawn is not."""
+    folders = [tmp_path / name for name in ("own", "other")]
+    defences = [adapted(student, images, seed=None) for _ in folders]
+    for defence, folder in zip(defences, folders, strict=True):
+        stopped(defence, images, folder, after=9)
+    task = sorted(folders[1].glob("task-*"))[0].name
+    (folders[0] / task).write_bytes((folders[1] / task).read_bytes())
+    with pytest.raises(ValueError, match=r"is of another fit\. Remove this file"):
+        fit(defences[0], images, backup_dir=folders[0])
+    (folders[0] / task).unlink()
+    fit(defences[0], images, backup_dir=folders[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_one_process_at_a_time(student: Any, images: Images, tmp_path: Path) -> None:
+    with (
+        backup.Backup(tmp_path, {}),
+        pytest.raises(ValueError, match=r"in use by another process\. Wait for it"),
+    ):
+        fit(adapted(student, images), images, backup_dir=tmp_path)
+    fit(adapted(student, images), images, backup_dir=tmp_path)
+
+
+def test_a_search_without_a_seed_is_warned_of(student: Any, images: Images, tmp_path: Path) -> None:
+    defence = adapted(student, images, seed=None)
+    defence.search_history = pd.DataFrame()
+    with pytest.warns(UserWarning, match=r"searched without a `seed`.*ratios=.*head_layer="):
+        fit(defence, images, backup_dir=tmp_path)
+
+
+def test_a_backup_is_no_file(student: Any, images: Images, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"`backup_dir` is a file\. Give the name of a folder"):
+        fit(adapted(student, images), images, backup_dir=tmp_path / "notes")
 
 
 def test_a_folder_with_other_files_is_left_alone(
@@ -248,7 +304,7 @@ def test_a_damaged_backup_is_refused(
         start = {"first": 0, "middle": middle, "last": len(content) - 60}[damage]
         flipped = bytes(byte ^ 255 for byte in content[start : start + 100])
         path.write_bytes(content[:start] + flipped + content[start + 100 :])
-    with pytest.raises(ValueError, match=r"is damaged.*remove this one to begin anew"):
+    with pytest.raises(ValueError, match=r"is damaged.*to begin anew"):
         fit(defence, images, backup_dir=tmp_path)
 
 
@@ -309,6 +365,21 @@ def test_only_their_owner_reads_the_files(student: Any, images: Images, tmp_path
     assert set(modes.values()) == {0o600}
 
 
+def test_the_backup_has_no_key_and_leaves_a_new_one(
+    student: Any, images: Images, tmp_path: Path
+) -> None:
+    defence = adapted(student, images, key=bytes(range(16)))
+    stopped(defence, images, tmp_path, after=9)
+    kept = [array for path in tmp_path.glob("*.npz") for array in np.load(path).values()]
+    assert len(kept) > 10
+    assert not any(bytes(range(16)) in array.tobytes() for array in kept)
+    defence.rekey()
+    key = np.array(defence._key).tobytes()
+    assert key != bytes(range(16))
+    fit(defence, images, backup_dir=tmp_path)
+    assert np.array(defence._key).tobytes() == key
+
+
 def test_weights_of_the_preprocessing_go_along(images: Images) -> None:
     normalization = keras.layers.Normalization()
     normalization.adapt(images.x_train.astype(np.float32))
@@ -325,6 +396,21 @@ def test_weights_of_the_preprocessing_go_along(images: Images) -> None:
     check_same(elsewhere, here)
 
 
+def test_what_a_student_has_learned_to_scale_goes_along(images: Images) -> None:
+    normalization = keras.layers.Normalization()
+    normalization.adapt(images.x_train.astype(np.float32))
+    inputs = keras.Input(images.x_train.shape[1:])
+    x = keras.layers.Conv2D(8, 3, activation="relu", name="conv")(normalization(inputs))
+    base = keras.Model(inputs, keras.layers.Flatten()(x), name="base")
+    base.trainable = False
+    student = keras.Sequential([keras.Input(images.x_train.shape[1:]), base])
+    student.add(keras.layers.Dense(6))
+    here, elsewhere = (adapted(student, images) for _ in range(2))
+    fit(here, images)
+    fit(elsewhere, images, executor=Forgetful())
+    check_same(elsewhere, here)
+
+
 def test_a_preprocessing_that_cannot_travel_is_refused(student: Any, images: Images) -> None:
     defence = adapted(student, images, preprocessing=lambda x: x / 1)
     with pytest.raises(ValueError, match="To share out the work, `preprocessing` must be a Keras"):
@@ -333,6 +419,9 @@ def test_a_preprocessing_that_cannot_travel_is_refused(student: Any, images: Ima
 
 def test_nothing_is_kept_of_a_fit_that_is_over(student: Any, images: Images) -> None:
     fit(adapted(student, images), images, executor=Forgetful())
+    assert not tasks._fitters
+    with pytest.raises(RuntimeError, match="the cluster is gone"):
+        fit(adapted(student, images), images, executor=Vanishing())
     assert not tasks._fitters
 
 
@@ -369,15 +458,15 @@ def test_a_killed_process_goes_on(student: Any, images: Images, tmp_path: Path) 
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
     process = subprocess.Popen([*command, "slowly"])
-    backup = tmp_path / "backup"
-    while len(list(backup.glob("task-*"))) < 4 and process.poll() is None:
+    folder = tmp_path / "backup"
+    while len(list(folder.glob("task-*"))) < 4 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {path.name for path in backup.glob("task-*")}
+    done = {path.name for path in folder.glob("task-*")}
     assert 4 <= len(done) < 15
-    kept = np.load(backup / sorted(done)[0])["kernel"]
-    first = int(np.load(backup / sorted(done)[0])["bodies"][0])
+    kept = np.load(folder / sorted(done)[0])["kernel"]
+    first = int(np.load(folder / sorted(done)[0])["bodies"][0])
     subprocess.run([*command, "fast"], check=True)
     defence = keras.models.load_model(tmp_path / "defence.keras")
     np.testing.assert_allclose(weights_of(defence)["kernel"][first], kept[0], rtol=1e-3, atol=1e-5)

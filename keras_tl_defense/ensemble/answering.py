@@ -66,7 +66,8 @@ def answer_images(
     images = tf.concat([images, tf.zeros(more)], axis=0)
     usable = (images >= LOWEST_PIXEL) & (images <= HIGHEST_PIXEL)
     finite = tf.reduce_all(usable, axis=tuple(range(1, images.shape.rank)))
-    safe = tf.clip_by_value(tf.round(tf.where(usable, images, 0)), 0, 255)
+    safe = tf.clip_by_value(tf.where(usable, images, 0), 0, 255)
+    safe += tf.stop_gradient(tf.round(safe) - safe)  # exact, and attackers get a gradient
     values = graph.run(preprocess(safe), [graph.output])
     logits = values[graph.output]
     finite &= tf.reduce_all(tf.math.is_finite(logits), axis=1)
@@ -105,3 +106,26 @@ def answer_images(
         "margins": margins,
     }
     return {name: values[:count] for name, values in answers.items()}
+
+
+def white_box_answer(
+    images: tf.Tensor,
+    graph: ModelGraph,
+    preprocess: Callable[[tf.Tensor], tf.Tensor],
+    bank: DifferentiatorBank,
+    members: tf.Tensor,
+    classes: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+    """What `DifferentiatorEnsemble.white_box` returns, of images in 0..255."""
+    members, classes = tf.cast(members, tf.int32), tf.cast(classes, tf.int32)
+    values = graph.run(preprocess(images), [graph.output])
+    count, size = tf.shape(images)[0], tf.shape(members)[1]
+    rows = tf.repeat(tf.range(count), size)[:, None]
+    features = bank.body_features(values, rows, tf.reshape(members, [-1]))
+    margins = bank.margins(features, members, classes)
+    return {
+        "logits": values[graph.output],
+        "features": tf.reshape(features, (count, size, bank.features)),
+        "margins": margins,
+        "score": input_score(margins, bank.reference_margins(values), classes),
+    }

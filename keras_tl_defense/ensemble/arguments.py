@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_tl_defense._validation import check_integer, check_positive
+from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.ensemble.roster import Roster, most_members
 from keras_tl_defense.graph import ModelGraph
 
@@ -92,13 +92,6 @@ def key_words(key: bytes) -> np.ndarray:
             f"{len(key) if hasattr(key, '__len__') else 'unknown'}"
         )
     return np.frombuffer(key, np.int64).copy()
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """The value itself; `ValueError` when it is none of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
-    return value
 
 
 def check_retention(retention: Any) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,19 @@ import tensorflow as tf
 from keras_tl_defense.ensemble.fitting import Result, Task
 from keras_tl_defense.ensemble.training import ClassImages
 
-_START, _DATA, _PART = "start.npz", "data.npz", ".part-"
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody watches over the folder
+    fcntl = None  # type: ignore[assignment]
+
+_START, _DATA, _PART, _LOCK = "start.npz", "data.npz", ".part-", ".lock"
 
 
 class Start(NamedTuple):
     """What a fit begins with.
 
     Attributes:
-        drawn: The weights that were drawn at random.
+        drawn: The weights that `adapt` set, partly at random.
         seed: Seed of the fit.
     """
 
@@ -33,46 +39,90 @@ class Start(NamedTuple):
 class Backup:
     """A folder with the state before a fit, and a file for each task that is done.
 
-    Files appear whole or not at all, and only their owner may read them: one holds the secret key.
+    Files appear whole or not at all, and only their owner may read them: which classes the
+    differentiators know may be a secret. One process uses the folder at a time, until `close`.
 
     Args:
         folder: Where; made when it is not there.
-        identity: Arrays and texts that tell this fit from others.
+        identity: Arrays and texts by name that tell this fit from others.
 
     Attributes:
         start: What a fit that was stopped began with; `None` for a new one.
 
     Raises:
-        ValueError: The folder holds other files, the backup of another fit, or a damaged one.
+        ValueError: The folder holds other files, the backup of another fit, or a damaged one; or
+            another process uses it.
         OSError: The folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, identity: Iterable[Any]) -> None:
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
         self._folder = Path(folder)
-        self._identity = fingerprint(identity)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise self._error("is a file", "Give the name of a folder.")
+        digests = {name: fingerprint([part]) for name, part in identity.items()}
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = {path.name for path in self._folder.iterdir()} - {_LOCK}
         self.start: Start | None = None
-        names = {path.name for path in self._folder.iterdir()}
-        if _START in names:
-            stored = self._read(_START, "identity", "seed")
-            if str(stored["identity"]) != self._identity:
-                raise self._error(
-                    "holds the backup of another fit: of another Student, other ratios or other "
-                    "arguments. With ratios='auto', give a `seed`, so that the search finds the "
-                    "same again"
-                )
-            drawn = [stored[name] for name in stored if name.startswith("drawn ")]
-            if stored["seed"].shape or stored["seed"].dtype.kind != "i":
-                raise self._error(f"is damaged: {_START} is not what it should be")
-            self.start = Start(drawn, int(stored["seed"]))
-        elif any(not name.startswith(_PART) for name in names):
+        if _START not in names and _DATA in names:
+            raise self._error(f"is damaged: {_START} is missing")
+        if _START not in names and any(not name.startswith(_PART) for name in names):
             raise self._error("holds files that are no backup of a fit")
+        self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._take(digests)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, digests: dict[str, str]) -> None:
+        """Be the only one to use the folder, and read what a fit that was stopped began with."""
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._error(
+                    "is in use by another process", "Wait for it, or give another folder."
+                ) from None
+        self._identity = json.dumps(digests)
+        self._fit = ""
+        if not (self._folder / _START).exists():
+            return
+        stored = self._read(_START, "identity", "seed")
+        try:
+            before = dict(json.loads(str(stored["identity"])))
+        except ValueError:
+            raise self._error(f"is damaged: {_START} is not what it should be") from None
+        other = sorted(n for n in digests.keys() | before if digests.get(n) != before.get(n))
+        if other:
+            raise self._error(
+                f"holds the backup of another fit, which differs in {', '.join(other)}"
+            )
+        drawn = [stored[name] for name in stored if name.startswith("drawn ")]
+        if stored["seed"].shape or stored["seed"].dtype.kind != "i":
+            raise self._error(f"is damaged: {_START} is not what it should be")
+        self._begun(Start(drawn, int(stored["seed"])))
+
+    def _begun(self, start: Start) -> None:
+        self.start = start
+        self._fit = fingerprint([start.seed, *start.drawn])  # in every file of this fit
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Backup:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
     def begin(self, start: Start) -> None:
         """Keep the state that the fit begins with."""
         drawn = {f"drawn {number}": array for number, array in enumerate(start.drawn)}
         self._write(_START, {"identity": self._identity, "seed": start.seed, **drawn})
-        self.start = start
+        self._begun(start)
 
     def check_data(self, sample: ClassImages, logits: np.ndarray) -> None:
         """Keep what tells the training images and the Student from others, or compare it.
@@ -120,20 +170,22 @@ class Backup:
         name = _file_name(task)
         if not (self._folder / name).exists():
             return None
-        result = self._read(name, "bodies")
-        if not np.array_equal(result.pop("bodies"), task.bodies) or not gives(task, result):
-            raise self._error(f"is damaged: {name} is not what it should be")
+        remedy = "Remove this file to compute it again, or the folder to begin anew."
+        result = self._read(name, "bodies", "fit", remedy=remedy)
+        own = str(result.pop("fit")) == self._mark(task)
+        if not own or not np.array_equal(result.pop("bodies"), task.bodies):
+            raise self._error(f"is damaged: {name} is of another fit", remedy)
+        if not gives(task, result):
+            raise self._error(f"is damaged: {name} is not what it should be", remedy)
         return result
 
     def store(self, task: Task, result: Result) -> None:
         """Keep what a task gave."""
-        self._write(_file_name(task), {**result, "bodies": task.bodies})
+        given = {"bodies": task.bodies, "fit": self._mark(task)}
+        self._write(_file_name(task), {**result, **given})
 
-    def finish(self) -> None:
-        """Remove the files; the folder stays."""
-        for pattern in (f"{_PART}*", "task-*.npz", _DATA, _START):
-            for path in self._folder.glob(pattern):
-                path.unlink()
+    def _mark(self, task: Task) -> str:
+        return f"{self._fit} {task.level}"
 
     def _write(self, name: str, arrays: dict[str, Any]) -> None:
         # Others may not read it: what it holds is secret.
@@ -141,22 +193,21 @@ class Backup:
             np.savez(part, **arrays)
         os.replace(part.name, self._folder / name)
 
-    def _read(self, name: str, *needed: str) -> Result:
+    def _read(self, name: str, *needed: str, remedy: str = "") -> Result:
         with open(self._folder / name, "rb") as file:
             try:
                 with np.load(file, allow_pickle=False) as arrays:
                     found = {key: arrays[key] for key in arrays.files}
             except Exception as error:  # a damaged file can make zipfile and NumPy raise anything
-                raise self._error(f"is damaged: {name} cannot be read") from error
+                raise self._error(f"is damaged: {name} cannot be read", remedy) from error
         if not set(needed) <= set(found):
-            raise self._error(f"is damaged: {name} is not what it should be")
+            raise self._error(f"is damaged: {name} is not what it should be", remedy)
         return found
 
-    def _error(self, problem: str) -> ValueError:
-        return ValueError(
-            f"`backup_dir` {problem}. Give another folder, or remove this one to begin anew. "
-            f"Received: backup_dir={str(self._folder)!r}"
-        )
+    def _error(self, problem: str, remedy: str = "") -> ValueError:
+        remedy = remedy or "Give another folder, or remove this one to begin anew."
+        received = f"Received: backup_dir={str(self._folder)!r}"
+        return ValueError(f"`backup_dir` {problem}. {remedy} {received}")
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
@@ -165,7 +216,7 @@ def fingerprint(parts: Iterable[Any]) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype} {part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).data)
+            digest.update(part.tobytes())
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()

@@ -50,10 +50,12 @@ class FitSettings(NamedTuple):
     epochs: int
     batch_size: int
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same for a fit to go on: all but the seed and Keras's own names."""
         optimizer = {**self.optimizer["config"], "name": self.optimizer["class_name"]}
-        return [*self._replace(seed=0, optimizer=sorted(optimizer.items()))]
+        named = self._replace(optimizer=sorted(optimizer.items()))._asdict()
+        del named["seed"]
+        return named
 
 
 class Task(NamedTuple):
@@ -185,7 +187,7 @@ class Fitter:
 
 
 def fit_differentiators(
-    fitter: Fitter, run: RunTasks, verbose: int | str
+    fitter: Fitter, run: RunTasks, verbose: int | str, least_tasks: int = 1
 ) -> dict[str, list[float]]:
     """Fit every differentiator, those again that the ratios left too little, and the references.
 
@@ -193,6 +195,7 @@ def fit_differentiators(
         fitter: Fits them; its bank takes what is found.
         run: Runs tasks as `fitter` does, here or elsewhere.
         verbose: 0 shows no progress bar.
+        least_tasks: Into how many tasks to divide the differentiators at least.
 
     Returns:
         `loss` and `accuracy` after each level of pruning that was needed: means over all
@@ -203,8 +206,9 @@ def fit_differentiators(
     loss, accuracy = np.zeros((2, len(members)))
     history: dict[str, list[float]] = {"loss": [], "accuracy": []}
     for level in range(len(LEVELS)):
-        starts = range(0, len(members), fitter.at_once)
-        tasks = [Task(level, members[start : start + fitter.at_once]) for start in starts]
+        size = min(fitter.at_once, -(-len(members) // least_tasks))
+        starts = range(0, len(members), size)
+        tasks = [Task(level, members[start : start + size]) for start in starts]
         bank.masks.set_level(members, level)
         progress = _progress(len(members), "differentiator", verbose)
         for task, found in run(tasks):

@@ -30,8 +30,8 @@ class HeadBank(keras.layers.Layer):
         self._kernel = add(
             name="kernel", shape=(*shape, features), dtype="float16", initializer="zeros"
         )
-        self._scale = add(name="scale", shape=shape, initializer="zeros")
-        self._bias = add(name="bias", shape=shape, initializer="zeros")
+        self._scale = add(name="scale", shape=shape, dtype="float32", initializer="zeros")
+        self._bias = add(name="bias", shape=shape, dtype="float32", initializer="zeros")
         self.built = True
 
     def set(self, bodies: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> None:

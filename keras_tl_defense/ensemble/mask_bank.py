@@ -116,10 +116,13 @@ class MaskBank(keras.layers.Layer):
             weight.assign(np.concatenate([means, means.max(axis=0, keepdims=True)]))
         self.class_sets.assign(class_sets)
         self.jitter_seed.assign(jitter_seed)
-        self.set_level(np.arange(len(class_sets)), 0)
+        self._prune(np.arange(len(class_sets)), 0)
 
     def set_level(self, bodies: np.ndarray, level: int) -> None:
-        """Prune some bodies by `LEVELS[level]` of the ratios."""
+        """Prune some bodies by `LEVELS[level]` of the ratios, where they are not yet."""
+        self._prune(bodies[to_numpy(self.levels)[bodies] != level], level)
+
+    def _prune(self, bodies: np.ndarray, level: int) -> None:
         assign_rows(self.levels, bodies, level)
         masks = []
         for number, block in enumerate(self.blocks):
@@ -193,6 +196,7 @@ def assign_rows(weight: tf.Variable, rows: np.ndarray, values: np.ndarray | int)
         return
     try:
         variable.scatter_nd_update(rows[:, None], tf.cast(values, variable.dtype))
+        variable.read_value_no_copy()  # or else every later read copies the whole weight
     except NotImplementedError:
         array = to_numpy(weight)
         array[rows] = values

@@ -9,12 +9,18 @@ import tensorflow as tf
 from keras_tl_defense.blocks import Block
 from keras_tl_defense.ensemble.grouped import GroupedBody
 from keras_tl_defense.ensemble.masked import ConnectionMask, MaskedBody
-from keras_tl_defense.ensemble.plan import plan_execution
+from keras_tl_defense.ensemble.plan import Plan, plan_execution
 from keras_tl_defense.graph import ModelGraph
+
+_Given = tuple[dict[int, tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor, ConnectionMask]
+MANY = 16  # rows of a differentiator, from which on they share what its kernels cost
 
 
 class MemberBodies:
     """The layers from a model's input to a tensor: compact as far as that pays, then masked.
+
+    How far it pays may depend on how many rows each differentiator has, so there may be two ways,
+    of which every call takes one.
 
     Args:
         graph: The Student.
@@ -41,11 +47,11 @@ class MemberBodies:
                     "tensors. Cut the Student before it with `cut=`. "
                     f"Received: layer={step.name!r}"
                 )
-        plan = plan_execution(graph, end, blocks, ratios)
-        self._compact = None
-        if plan.split is not None:
-            self._compact = GroupedBody(graph, plan.split, blocks, plan.late, plan.masked)
-        self._masked = MaskedBody(graph, end, blocks, plan.split)
+        given = (graph, end, blocks, ratios)
+        few = plan_execution(*given)
+        many = plan_execution(*given, images=MANY, instead_of=few)
+        self._few = _Way(graph, end, blocks, few)
+        self._many = self._few if many == few else _Way(graph, end, blocks, many)
         self._width = graph.size(end)
         self.row_bytes = 4 * max(graph.size(step.outputs[0]) for step in steps)
 
@@ -70,5 +76,26 @@ class MemberBodies:
             Float tensor of shape `(groups * n, features)`, the tensor flattened.
         """
         given = (values, rows, members, filter_masks, connection_mask)
+        if self._many is self._few:
+            found = self._few(given)
+        else:
+            least = MANY * tf.size(tf.unique(members)[0])
+            found = tf.cond(
+                tf.size(rows) < least, lambda: self._few(given), lambda: self._many(given)
+            )
+        return tf.reshape(found, (-1, self._width))
+
+
+class _Way:
+    """One way to run the layers, see `Plan`."""
+
+    def __init__(self, graph: ModelGraph, end: int, blocks: Sequence[Block], plan: Plan) -> None:
+        self._compact = None
+        if plan.split is not None:
+            self._compact = GroupedBody(graph, plan.split, blocks, plan.late, plan.masked)
+        self._masked = MaskedBody(graph, end, blocks, plan.split)
+
+    def __call__(self, given: _Given) -> tf.Tensor:
+        """The tensor at the end; see `MemberBodies` for the arguments."""
         started = None if self._compact is None else self._compact(*given)
-        return tf.reshape(self._masked(*given, started), (-1, self._width))
+        return tf.cast(self._masked(*given, started), tf.float32)  # whatever a layer's own is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -15,13 +16,12 @@ import pandas as pd
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras, register, to_numpy
-from keras_tl_defense._validation import check_callable, check_integer, check_positive
+from keras_tl_defense._validation import check_callable, check_choice, check_integer, check_positive
 from keras_tl_defense.activations import ClassActivations
 from keras_tl_defense.blocks import find_blocks, left_alone
 from keras_tl_defense.data import Batches
-from keras_tl_defense.ensemble.answering import Rules, answer_images
+from keras_tl_defense.ensemble.answering import Rules, answer_images, white_box_answer
 from keras_tl_defense.ensemble.arguments import (
-    check_choice,
     check_ensemble_size,
     check_retention,
     check_vote,
@@ -31,7 +31,7 @@ from keras_tl_defense.ensemble.arguments import (
     make_roster,
     penultimate,
 )
-from keras_tl_defense.ensemble.backup import Backup, Start
+from keras_tl_defense.ensemble.backup import Backup, Start, fingerprint
 from keras_tl_defense.ensemble.bank import DifferentiatorBank, most_features
 from keras_tl_defense.ensemble.calibration import Calibration, score_threshold
 from keras_tl_defense.ensemble.fitting import FitSettings, Fitter, fit_differentiators
@@ -55,6 +55,7 @@ _NOT_PRUNED = (
     "`fit(x_train, y_train)`."
 )
 _MANY = 10_000  # differentiators, above which a warning names the way to fewer
+_SHARED_TASKS = 32  # at least, where workers or a backup get them
 _ANSWER_BYTES = 256 << 20  # for one tensor of the rows that are computed at once
 
 
@@ -480,16 +481,21 @@ class DifferentiatorEnsemble(keras.Model):
             images_per_class: At most this many images of each class are used for a
                 differentiator, chosen at random. More take longer and reject fewer honest inputs.
                 Defaults to `100`.
-            chunk_memory: Bytes for the heads that are fitted at once, about; the training images,
-                the references' heads and what is kept come on top. Defaults to 1 GiB.
+            chunk_memory: Bytes for the heads that are fitted at once, about, of one differentiator
+                at least; the training images, the references' heads and what is kept come on top.
+                What is fitted at once is also what a worker gets, and what is lost when the process
+                is killed: with an executor or a backup a 32nd of the differentiators at most.
+                Defaults to 1 GiB.
             executor: A `concurrent.futures.Executor` whose processes share the work, such as Dask's
                 `Client(…).get_executor()`. They get the Student, the masks and training images, not
-                the secret key; `preprocessing` must be a layer or registered function that they can
-                import. What comes out is what one process finds, to rounding. Defaults to this one.
-            backup_dir: Folder that keeps what is done, the secret key among it, readable by its
-                owner, and is emptied in the end. When the process was killed, the same lines with
-                the same data, in the same order, go on there; what the folder holds replaces what
-                `adapt` drew.
+                the secret key, and keep them until their next fit or their end; `preprocessing`
+                must be a layer or registered function that they can import. What comes out is what
+                one process finds, to rounding. Defaults to this one.
+            backup_dir: Folder that keeps what is done, readable by its owner; remove it when the
+                defence is saved. When the process was killed, the same lines with the same data, in
+                the same order, go on there; the masks and the classes of differentiators that the
+                folder holds replace those that `adapt` drew. Searched ratios are not kept: with
+                `ratios="auto"` give a `seed`, or `ratios` and `head_layer` as found.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -515,40 +521,50 @@ class DifferentiatorEnsemble(keras.Model):
         settings = FitSettings(
             seed, images_per_class, chunk_memory, optimizer, self.iterations, epochs, batch_size
         )
-        backup = None
-        if backup_dir is not None:
-            backup = Backup(backup_dir, [*self._identity(), *settings.identity()])
-            if backup.start is not None:
+        if backup_dir is not None and self.seed is None and self.search_history is not None:
+            warnings.warn(
+                "The ratios were searched without a `seed`, so that another process would find "
+                "others, and the backup would not be of its fit. Give a `seed`, or the "
+                f"`ratios={self.ratios}` and `head_layer={self.head_layer!r}` that were found.",
+                stacklevel=2,
+            )
+        identity = self._identity() | settings.identity()
+        with nullcontext() if backup_dir is None else Backup(backup_dir, identity) as backup:
+            if backup is not None and backup.start is not None:
                 settings = settings._replace(seed=backup.start.seed)
-        sample = sample_classes(
-            self._batches(x, y, batch_size, labelled=True),
-            images_per_class,
-            np.random.default_rng(settings.seed),
-            for_reference=True,
-        )
-        if backup is not None:
-            self._begin(backup, settings.seed, sample)
-        self._set_stage(_ADAPTED)
-        fitter = Fitter(self._bank, sample, self.head, self.preprocessing, settings)
-        run = task_runner(fitter, partial(self._payload, sample, settings), executor, backup)
-        history = keras.callbacks.History()
-        history.history = fit_differentiators(fitter, run, verbose)
-        forget()
+            sample = sample_classes(
+                self._batches(x, y, batch_size, labelled=True),
+                images_per_class,
+                np.random.default_rng(settings.seed),
+                for_reference=True,
+            )
+            if backup is not None:
+                self._begin(backup, settings.seed, sample)
+            self._set_stage(_ADAPTED)
+            fitter = Fitter(self._bank, sample, self.head, self.preprocessing, settings)
+            run = task_runner(fitter, partial(self._payload, sample, settings), executor, backup)
+            least = 1 if executor is None and backup is None else _SHARED_TASKS
+            history = keras.callbacks.History()
+            try:
+                history.history = fit_differentiators(fitter, run, verbose, least)
+            finally:
+                forget()
         history.epoch = list(range(len(history.history["loss"])))
         self._set_stage(_FITTED)
-        if backup is not None:
-            backup.finish()
         return history
 
-    def _identity(self) -> list[Any]:
+    def _identity(self) -> dict[str, Any]:
         """What a fit depends on, besides the data, what was drawn, and the Student's functions."""
-        roster = (self.members_per_class, self.classes_per_member, self.grouping)
-        made = (self.head, self.head_layer, self.tune, self.jitter, self.cut, *roster)
-        return [sorted(self.ratios.items()), made, *self.student.get_weights()]
+        names = ("head", "head_layer", "tune", "jitter", "cut", "seed")
+        roster = ("members_per_class", "classes_per_member", "grouping")
+        return {name: getattr(self, name) for name in names + roster} | {
+            "ratios": sorted(self.ratios.items()),
+            "Student's weights": fingerprint(self.student.get_weights()),
+        }
 
     def _begin(self, backup: Backup, seed: int, sample: ClassImages) -> None:
         """Keep what `adapt` drew, or take what a fit that was stopped began with."""
-        drawn = [self._key, *self._bank.pruning_weights]
+        drawn = self._bank.pruning_weights
         images = self._preprocess(tf.constant(sample.images[:8], tf.float32))
         logits = self._graph.run(images, [self._graph.output])[self._graph.output].numpy()
         if backup.start is None:
@@ -645,11 +661,41 @@ class DifferentiatorEnsemble(keras.Model):
             RuntimeError: `adapt` or `fit` was not called. In a graph, such as a model around this
                 one, only a defence without any ratios yet is refused.
         """
+        self._check_answers()
+        return self._answer(inputs, self.ensemble_size)
+
+    def _check_answers(self) -> None:
+        """Inside a graph, what a weight says is not known."""
         if self._bank is None:
             raise RuntimeError(_NOT_PRUNED)
         if tf.executing_eagerly():
             self._require(_FITTED)
-        return self._answer(inputs, self.ensemble_size)
+
+    def white_box(
+        self, inputs: tf.Tensor, members: tf.Tensor, classes: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """What an attacker computes who has all of this model, with gradients.
+
+        Nothing is rounded, checked or drawn: members and classes are the attacker's choice.
+
+        Args:
+            inputs: Float images of shape `(batch, H, W, C)` in 0..255.
+            members: Int tensor of shape `(batch, k)`: rows of `member_classes`, of differentiators
+                that know the image's class.
+            classes: Int tensor of shape `(batch,)` in `0..K-1`: as what each image is to be taken.
+
+        Returns:
+            Float tensors: `logits` of the Student, `(batch, K)`; `features` that the members' heads
+            read, `(batch, k, …)`; `margins`, `(batch, k)`, and `score`, `(batch,)`, as `explain`
+            would give them if the Student said these classes and drew these members.
+
+        Raises:
+            RuntimeError: `adapt` or `fit` was not called; see `call`.
+        """
+        self._check_answers()
+        return white_box_answer(
+            tf.cast(inputs, tf.float32), self._graph, self._preprocess, self._bank, members, classes
+        )
 
     def _trace(self, size: int) -> Any:
         spec = self._image_spec()
@@ -758,13 +804,16 @@ class DifferentiatorEnsemble(keras.Model):
     def memory(self) -> pd.DataFrame:
         """What the Student and the parts of its differentiators take, as they are kept.
 
+        What they need while they answer comes on top. Smaller: `members_per_class`, `head="pair"`,
+        or a `head_layer` with fewer features.
+
         Returns:
             Columns `part`, `bytes`, `each` (of a differentiator, for its heads and own layers) and
             `of_student` (in sizes of the Student); a row for the `student`, the differentiators'
-            `heads`, `own layers` (of `tune="unfrozen"`), `masks` and `activations` (from which the
-            masks of Dense layers are recomputed), the `references`, the `draw` of members; for
-            `all`; and for a Student for each differentiator in place of all that, `students
-            instead`.
+            `heads`, `own layers` (of `tune="unfrozen"`), `masks` and the classes' `activations`
+            (from which the masks come, those of Dense layers at every answer), the `references`,
+            the `draw` of members; for the sum of `all` these; and for `students instead`: a Student
+            for each differentiator, and one more.
 
         Raises:
             RuntimeError: `adapt` was not called.

@@ -51,16 +51,20 @@ class Payload(NamedTuple):
                 f"TF_USE_LEGACY_KERAS={int(self.legacy)} where it is started."
             )
         defence = self.make(self.config)
-        defence.student.set_weights(self.student)
+        _set_weights(defence.student, self.student)
         if self.preprocessing:
-            defence.preprocessing.set_weights(self.preprocessing)
-            for layer in defence.preprocessing._flatten_layers():
-                if hasattr(layer, "finalize_state"):  # what Normalization computes of its weights
-                    layer.finalize_state()
+            _set_weights(defence.preprocessing, self.preprocessing)
         bank = defence.get_layer("differentiators")
         for weight, value in zip(bank.pruning_weights, self.pruning, strict=True):
             weight.assign(value)
         return Fitter(bank, self.sample, defence.head, defence.preprocessing, self.settings)
+
+
+def _set_weights(layer: Any, weights: list[np.ndarray]) -> None:
+    layer.set_weights(weights)
+    for inner in layer._flatten_layers():
+        if hasattr(inner, "finalize_state"):  # what Normalization computes of its weights
+            inner.finalize_state()
 
 
 def task_runner(
@@ -98,9 +102,9 @@ def check_executor(executor: Any) -> Executor | None:
     """
     if executor is None:
         return None
-    if not callable(getattr(executor, "submit", None)):
+    if not isinstance(executor, Executor):
         raise TypeError(
-            "`executor` must be a `concurrent.futures.Executor`, such as Dask's "
+            "`executor` must be a `concurrent.futures.Executor`, such as a Dask client's "
             f"`client.get_executor()`. Received: executor={type(executor).__name__}"
         )
     if isinstance(executor, ProcessPoolExecutor):
@@ -111,8 +115,7 @@ def check_executor(executor: Any) -> Executor | None:
                 "hangs. Give `ProcessPoolExecutor` the context of another start method: "
                 "`mp_context=multiprocessing.get_context('spawn')`. Received: start method 'fork'"
             )
-    kept: Executor = executor
-    return kept
+    return executor
 
 
 def _here(fitter: Fitter, tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:

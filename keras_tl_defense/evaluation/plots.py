@@ -45,6 +45,11 @@ def plot_attacks(
     """
     if not len(chosen):
         raise ValueError("Choose at least one attack to show. Received: chosen=[]")
+    if result.source is None or result.target is None or result.dssim is None:
+        raise ValueError(
+            "Only attacks that make images from a source and towards a target can be shown, such "
+            "as those of `MimicryAttack`. Received: a result without a source, a target or a DSSIM"
+        )
     answered = np.asarray(answer)
     succeeded = (answered > 0) & result.reached(answered - 1)
     titles = ("source", "target", "crafted image", f"difference ×{_AMPLIFY}", "verdicts")
