@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import MimicryAttack, dssim, plan_attacks
+from keras_tl_defense.attacks import (
+    MimicryAttack,
+    best_layer,
+    dssim,
+    fingerprint_teacher,
+    gini,
+    plan_attacks,
+)
 from keras_tl_defense.datasets import synthetic
 from keras_tl_defense.teachers import build_teacher, make_student
 
@@ -48,6 +56,27 @@ def test_dssim_of_small_images_takes_the_window_that_fits() -> None:
     a = np.random.default_rng(0).integers(0, 256, (1, 7, 9, 3))
     assert float(dssim(tf.constant(a, tf.float32), tf.constant(a, tf.float32))[0]) == 0
     assert 0 < float(dssim(tf.constant(a, tf.float32), tf.constant(255.0 - a, tf.float32))[0]) <= 1
+
+
+@given(st.integers(0, 1000), st.sampled_from([(176, 176), (201, 190)]))
+@settings(max_examples=6, deadline=None)
+def test_dssim_of_large_images_is_tensorflows_of_five_scales(
+    seed: int, size: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, 256, (2, *size, 3)).astype(np.float32)
+    b = np.clip(a + rng.normal(0, rng.uniform(0, 80), a.shape), 0, 255).astype(np.float32)
+    expected = (1 - tf.image.ssim_multiscale(a, b, 255)) / 2
+    np.testing.assert_allclose(dssim(tf.constant(a), tf.constant(b)), expected, atol=1e-5)
+
+
+def test_dssim_of_opposites_has_a_gradient() -> None:
+    a = tf.constant(np.random.default_rng(0).integers(0, 256, (1, 176, 176, 3)), tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(a)
+        value = dssim(a, 255 - a)
+    assert 0.4 < float(value[0]) <= 1
+    assert np.isfinite(tape.gradient(value, a)).all()
 
 
 class Trained:
@@ -129,6 +158,87 @@ def test_more_steps_and_any_batch_size_do_no_harm(trained: Trained) -> None:
     assert long.distance.mean() < short.distance.mean()
     small = trained.attack(steps=20, batch_size=7)
     np.testing.assert_allclose(small.distance.mean(), short.distance.mean(), rtol=0.02)
+
+
+@pytest.mark.parametrize(("norm", "budgets"), [("linf", (1, 8, 200)), ("l2", (20, 300, 1e4))])
+def test_other_norms(trained: Trained, norm: str, budgets: tuple[float, ...]) -> None:
+    misled, reached, distance = [], [], []
+    for budget in budgets:
+        result = trained.attack(norm=norm, budget=budget, steps=300)
+        change = np.abs(result.adversarial.astype(float) - result.source).reshape(24, -1)
+        size = change.max(axis=1) if norm == "linf" else np.linalg.norm(change, axis=1)
+        np.testing.assert_array_equal(result.within_budget, size <= budget * (1 + 1e-6))
+        assert result.within_budget.mean() > 0.9
+        answered = trained.classes(result.adversarial)
+        misled.append((answered != result.y_source).mean())
+        reached.append(result.reached(answered).mean())
+        distance.append(result.distance.mean())
+    assert distance[0] > distance[1] > distance[2]
+    assert misled[0] < misled[2]
+    assert misled[2] >= 0.9
+    assert reached[0] < reached[2]
+
+
+def test_restarts_keep_the_best_of_all_tries(trained: Trained) -> None:
+    once, more = trained.attack(steps=100), trained.attack(steps=100, restarts=2)
+    assert (more.distance <= once.distance * (1 + 1e-4)).all()
+    assert (more.distance < once.distance * 0.999).any()
+    again = trained.attack(steps=100, restarts=2, batch_size=7)
+    np.testing.assert_allclose(again.distance.mean(), more.distance.mean(), rtol=0.02)
+    assert (more.gradients, once.gradients) == (300, 100)
+    assert more.seconds > once.seconds > 0
+
+
+def test_raw_images_are_what_was_rounded(trained: Trained) -> None:
+    result = trained.attack(steps=40)
+    np.testing.assert_array_equal(np.rint(np.clip(result.raw, 0, 255)), result.adversarial)
+    assert (result.raw != result.adversarial).any()
+
+
+def test_best_layer_is_the_students_cut(trained: Trained) -> None:
+    plan = trained.plan
+    images = [trained.x[chosen] for chosen in (plan.sources, plan.targets)]
+    classes = [trained.y[chosen] for chosen in (plan.sources, plan.targets)]
+    predict = partial(trained.student.predict, verbose=0)
+    options = {"steps": 150, "budget": 0.02, "verbose": 0}
+    layers = ["conv1_1", "fc1", "logits"]
+    choice = best_layer(trained.teacher, layers, predict, *images, *classes, **options)
+    assert choice.layer == "fc1"
+    assert choice.table["layer"].tolist() == layers
+    assert (choice.table["n"] == 24).all()
+    with pytest.raises(ValueError, match="Give the names of layers"):
+        best_layer(trained.teacher, [], predict, *images, *classes)
+
+
+def test_the_teacher_is_found_by_its_silence(trained: Trained) -> None:
+    keras.utils.set_random_seed(5)
+    other = build_teacher((24, 24, 3), 10, widths=(12, 24))
+    teachers = {"another": other, "the Teacher": trained.teacher}
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        return tf.nn.softmax(trained.student.predict(x.astype(np.float32), verbose=0)).numpy()
+
+    table = fingerprint_teacher(
+        predict, teachers, layers=dict.fromkeys(teachers, "fc1"), images=4, steps=300, verbose=0
+    )
+    assert table["teacher"].tolist() == ["the Teacher", "another"]
+    assert table["gini"][0] < 0.9 * table["gini"][1]
+    assert table["features"][0] < 0.1
+    with pytest.raises(ValueError, match="must return probabilities"):
+        fingerprint_teacher(
+            lambda x: trained.student.predict(x.astype(np.float32), verbose=0),
+            {"one": other}, steps=1, images=1, verbose=0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="at least one candidate"):
+        fingerprint_teacher(predict, {})
+
+
+@given(st.integers(2, 12), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_gini_is_the_mean_difference(count: int, seed: int) -> None:
+    row = np.random.default_rng(seed).dirichlet(np.full(count, 0.3))
+    expected = np.abs(row[:, None] - row).mean() / (2 * row.mean())
+    assert gini(row[None])[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_untargeted_takes_the_candidate_that_is_imitated_best(trained: Trained) -> None:
@@ -265,12 +375,13 @@ class TestBadInput:
             ("budget", 0),
             ("budget", 1.1),
             ("budget", float("nan")),
-            ("budget", None),
             ("steps", 0),
             ("steps", 1.5),
             ("batch_size", 0),
             ("learning_rate", 0),
             ("penalty", float("inf")),
+            ("restarts", -1),
+            ("norm", "l1"),
         ],
     )
     def test_options(self, student: Any, option: str, value: Any) -> None:
@@ -296,6 +407,8 @@ class TestBadInput:
             attack(x, x, np.zeros(3, int))
         with pytest.raises(ValueError, match=r"of another class.*y_source\[1\]=y_target\[1\]=4"):
             attack(x, x, np.array([0, 4, 2]), np.array([1, 4, 3]))
+        with pytest.raises(ValueError, match=r"whole grey levels.*budget=0.5"):
+            MimicryAttack(student, "fc1", norm="linf", budget=0.5)
         with pytest.raises(TypeError, match="`preprocessing` must be a callable"):
             MimicryAttack(student, "fc1", preprocessing=3)
         with pytest.raises(ValueError, match=r"shape \(n, m, H, W, C\)"):
@@ -303,5 +416,5 @@ class TestBadInput:
 
     def test_a_loss_that_is_no_number_stops_the_attack(self, student: Any, images: Images) -> None:
         attack = MimicryAttack(student, "fc1", steps=30, preprocessing=lambda x: x * float("inf"))
-        with pytest.raises(FloatingPointError, match=r"within step 10 of 30.*'fc1'"):
+        with pytest.raises(FloatingPointError, match=r"infinite at step 1\. .*'fc1'"):
             attack(images.x_test[:2], images.x_test[2:4], verbose=0)

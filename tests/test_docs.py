@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import draw_history
 
 import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import base, mimicry, targets
+from keras_tl_defense.attacks import adaptive, art, base, mimicry, target_agnostic, targets
 from keras_tl_defense.ensemble import calibration, heads, model, search, trial
 from keras_tl_defense.evaluation import plots, report, roc, sizes
 from keras_tl_defense.pruning import callback, channel_mask, masks, ratios, schedule
@@ -37,6 +38,7 @@ def names() -> dict[str, Any]:
         "ktd": ktd,
         "keras": keras,
         "np": np,
+        "tf": tf,
         "teacher": teacher,
         "student": student,
         "model": student,
@@ -65,10 +67,16 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ENSEMBLE = [calibration, heads, model]
 PRUNING = [masks, ratios, schedule, callback, channel_mask]
-MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, targets, mimicry, teachers]
+MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, targets, mimicry, target_agnostic, teachers]
 
 
-@pytest.mark.parametrize("module", [*MODULES, sys.modules["keras_tl_defense.attacks.dssim"]])
+HIDDEN = [  # by functions of the same names
+    sys.modules[f"keras_tl_defense.attacks.{name}"]
+    for name in ("best_layer", "dssim", "fingerprint")
+]
+
+
+@pytest.mark.parametrize("module", [*MODULES, *HIDDEN])
 def test_docstrings(module: Any, names: dict[str, Any]) -> None:
     result = doctest.testmod(module, globs={**vars(module), **names})
     assert result.attempted > 0
@@ -87,7 +95,7 @@ def test_docstrings_of_results(
     attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
     result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
     defence.search_history = draw_history()
-    for module in (base, report, plots, roc, sizes):
+    for module in (base, report, plots, roc, sizes, adaptive, art):
         made = {"evaluate_defence": ktd.evaluate_defence}
         globs = {**made, **vars(module), **names, "defence": defence, "result": result}
         examples = doctest.testmod(module, globs=globs)

@@ -9,20 +9,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Crafted images, what they were made from, and what it took.
+    """Crafted inputs, what they were made from, and what it took.
 
     Attributes:
-        adversarial: Crafted images, uint8 array of shape `(n, H, W, C)`.
-        distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
-            the crafted image and of the target, at the attacked layer.
-        dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source.
-        within_budget: Boolean array of shape `(n,)`. A crafted image that is not within its budget
+        adversarial: Crafted inputs as a classifier gets them: images of whole grey levels, uint8
+            array of shape `(n, H, W, C)`; other inputs float32.
+        within_budget: Boolean array of shape `(n,)`. A crafted input that is not within its budget
             counts as a failure.
-        source: The images that they were made from, of shape `(n, H, W, C)`.
-        target: The images that they imitate, of shape `(n, H, W, C)`.
+        source: What they were made from, of the same shape, or `None` when from nothing.
         y_source: Classes of the sources in `0..K-1`, int array of shape `(n,)`, or `None` when they
             were not given.
         y_target: Classes of the targets, or `None` when any other class than the source's will do.
+        target: The inputs that they imitate, or `None` when they imitate none.
+        raw: Float32 array: the inputs before they were clipped and rounded.
+        distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
+            the crafted input and those wanted, at the attacked layer.
+        dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source.
+        gradients: Passes forward and backward for each input.
+        seconds: Time that the whole attack took.
 
     Example:
         >>> student_class = student.predict(result.adversarial, verbose=0).argmax(axis=1)
@@ -31,13 +35,16 @@ class AttackResult:
     """
 
     adversarial: np.ndarray
-    distance: np.ndarray
-    dssim: np.ndarray
     within_budget: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    y_source: np.ndarray | None
-    y_target: np.ndarray | None
+    source: np.ndarray | None = None
+    y_source: np.ndarray | None = None
+    y_target: np.ndarray | None = None
+    target: np.ndarray | None = None
+    raw: np.ndarray | None = None
+    distance: np.ndarray | None = None
+    dssim: np.ndarray | None = None
+    gradients: float = 0.0
+    seconds: float = 0.0
 
     def __repr__(self) -> str:
         kind = "targeted" if self.targeted else "non-targeted"

@@ -79,3 +79,17 @@ def plan_attacks(
         chosen.append([rng.choice(pools[label]) for label in others])
     grid = np.array(chosen)
     return AttackPlan(sources, grid[:, 0], grid)
+
+
+def check_apart(y_source: np.ndarray, y_target: np.ndarray) -> None:
+    """Check that no target is of its source's class.
+
+    Raises:
+        ValueError: One is; the message says which.
+    """
+    same = np.flatnonzero(y_source == y_target)
+    if len(same):
+        raise ValueError(
+            "A target must be of another class than its source, or nothing is attacked. "
+            f"Received: y_source[{same[0]}]=y_target[{same[0]}]={y_source[same[0]]}"
+        )

@@ -1,0 +1,172 @@
+"""Attacks on the defence itself, by who has it or has rebuilt it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._validation import check_choice, check_integer, check_positive
+from keras_tl_defense.attacks.art import least_score
+from keras_tl_defense.attacks.base import AttackResult
+from keras_tl_defense.attacks.bounded import BoundedDescent
+from keras_tl_defense.attacks.limits import Limit, Norm
+from keras_tl_defense.attacks.targets import check_apart
+from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+
+
+class AdaptiveAttack:
+    """Craft images against the differentiators of a defence that the attacker knows.
+
+    The attacker has a defence: the very one that is attacked, or one rebuilt with guessed ratios
+    and images of their own. The Student's logit of the target class shall exceed all others by 1,
+    every member's margin be 1, and the score, where it decides, be `confidence` above its
+    threshold: what is missing of these is made small. Images and budgets are as for
+    `MimicryAttack`.
+
+    Args:
+        defence: A fitted `DifferentiatorEnsemble` with `mode="validate"`.
+        members: Which differentiators that know the target class are attacked: `"all"`; or
+            `"sampled"`, five others every ten steps, so that the image holds whichever are drawn.
+            Defaults to `"sampled"`.
+        samples: How many are sampled. Defaults to `5`.
+        confidence: By how much the score shall exceed its threshold. Defaults to `0.5`.
+        budget, norm, steps, restarts, learning_rate, penalty, batch_size, seed: As for
+            `MimicryAttack`; the seed decides the samples, too.
+
+    Raises:
+        ValueError: An argument is out of range, or the defence votes with all pairs.
+
+    Example:
+        >>> attack = AdaptiveAttack(defence, budget=0.05, steps=20)
+        >>> result = attack(x_source, y_source, y_target)
+        >>> result.adversarial.shape
+        (4, 32, 32, 3)
+
+    Reference:
+        Tramèr et al., "On Adaptive Attacks to Adversarial Example Defenses", NeurIPS 2020.
+    """
+
+    def __init__(
+        self,
+        defence: Any,
+        *,
+        members: Literal["all", "sampled"] = "sampled",
+        samples: int = 5,
+        confidence: float = 0.5,
+        budget: float | None = None,
+        norm: Norm = "dssim",
+        steps: int = 600,
+        restarts: int = 0,
+        learning_rate: float = 1.0,
+        penalty: float | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        if defence.mode == "vote":
+            raise ValueError(
+                "Adaptive attacks are on the members that check an answer. Make the defence with "
+                "`mode=\"validate\"`. Received: a defence with mode='vote'"
+            )
+        self.defence = defence
+        self.members = check_choice("members", members, ("all", "sampled"))
+        self.samples = check_integer("samples", samples, 1)
+        self.confidence = check_positive("confidence", confidence)
+        least = least_score(defence)
+        self._asked = None if least is None else least + self.confidence
+        self._limit = Limit(norm, budget)
+        self.budget, self.norm, self.seed = self._limit.budget, norm, seed
+        self._search = BoundedDescent(
+            self._missing,
+            self._limit,
+            steps=steps,
+            restarts=restarts,
+            learning_rate=learning_rate,
+            penalty=penalty,
+            batch_size=batch_size,
+            seed=seed,
+            hint="check the defence on these images",
+        )
+        self.steps = self._search.steps
+
+    def __call__(
+        self,
+        x_source: Any,
+        y_source: Any,
+        y_target: Any,
+        *,
+        verbose: int | str = "auto",
+    ) -> AttackResult:
+        """Craft images that look like `x_source` and are accepted as `y_target`.
+
+        Args:
+            x_source: Images of shape `(n, H, W, C)` in 0..255.
+            y_source: Integer classes of the sources in `0..K-1`, shape `(n,)`.
+            y_target: Integer classes of the targets.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            The crafted images; their `distance` is what was to become small.
+
+        Raises:
+            ValueError: The images do not fit the defence, are not in 0..255, or a target is of its
+                source's class.
+            FloatingPointError: A gradient became NaN or infinite.
+        """
+        started = time.perf_counter()
+        shape = tuple(self.defence.student.inputs[0].shape[1:])
+        source = check_finite(check_images(x_source, shape, "x_source"), name="x_source")
+        source = check_pixels(source, "x_source")
+        classes, count = self.defence.classes, len(source)
+        own = check_labels(y_source, classes, count, "y_source")
+        wanted = check_labels(y_target, classes, count, "y_target")
+        check_apart(own, wanted)
+        chosen = self._choose(wanted)
+
+        def context(part: slice, done: int) -> tuple[tf.Tensor, ...]:
+            return tf.constant(chosen(part, done), tf.int32), tf.constant(wanted[part], tf.int32)
+
+        found = self._search(source, context, self._search.progress(count, verbose))
+        tries = self._search.restarts + 1
+        return AttackResult(
+            adversarial=found.images,
+            within_budget=found.measure <= self.budget,
+            source=source,
+            y_source=own,
+            y_target=wanted,
+            raw=found.raw,
+            distance=found.aim,
+            dssim=found.dssim,
+            gradients=tries * self.steps,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _choose(self, wanted: np.ndarray) -> Any:
+        """Differentiators that know each target class, for part of the images at a step."""
+        known = self.defence.member_classes
+        knowing = [np.flatnonzero((known == label).any(axis=1)) for label in wanted]
+        most = max(len(members) for members in knowing)
+        every = np.stack([np.resize(members, most) for members in knowing])  # few come again
+
+        def choose(part: slice, done: int) -> np.ndarray:
+            if self.members == "all" or most <= self.samples:
+                return every[part]
+            rng = np.random.default_rng([self.seed, part.start, done])
+            drawn = rng.permuted(every[part], axis=1)
+            return drawn[:, : self.samples]
+
+        return choose
+
+    def _missing(self, images: tf.Tensor, members: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
+        found = self.defence.white_box(images, members, classes)
+        logits = found["logits"]
+        own = tf.one_hot(classes, logits.shape[1], on_value=True, off_value=False)
+        other = tf.reduce_max(tf.where(own, logits.dtype.min, logits), axis=1)
+        lead = tf.gather(logits, classes, batch_dims=1) - other
+        missing = tf.nn.relu(1 - lead)
+        missing += tf.reduce_sum(tf.nn.relu(1 - found["margins"]), axis=1)
+        if self._asked is not None:
+            missing += tf.nn.relu(self._asked - found["score"])
+        return missing

@@ -1,0 +1,109 @@
+"""Any attack of the adversarial-robustness-toolbox, on a Student, a Teacher or a defence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tl_defense._validation import check_callable
+
+_TIE = 1e-5
+
+
+def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
+    """A classifier for the attacks of adversarial-robustness-toolbox.
+
+    A `DifferentiatorEnsemble` has K+1 outputs: the Student's logits and, before them, one that is
+    the largest where the defence rejects: the Student's largest logit, less how far the score is
+    above its threshold (before `calibrate`, how far the members that decide agree). What members
+    check an image is drawn as for any image, and gradients go through them. A later `calibrate`
+    does not change the estimator. Any other Keras model has the outputs that it has.
+
+    Args:
+        classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns
+            logits.
+        preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
+            own.
+
+    Returns:
+        An `art.estimators.classification.TensorFlowV2Classifier` of images in 0..255.
+
+    Raises:
+        ImportError: adversarial-robustness-toolbox is not installed.
+        ValueError: All pairs of a defence vote, which has no gradient.
+
+    Example:
+        >>> estimator = as_art_estimator(defence)
+        >>> estimator.predict(x_test[:2].astype("float32")).shape  # 16 classes, and rejection
+        (2, 17)
+
+    Reference:
+        Nicolae et al., "Adversarial Robustness Toolbox v1.0.0", arXiv:1807.01069.
+    """
+    try:
+        from art.estimators.classification import TensorFlowV2Classifier
+    except ImportError as error:
+        raise ImportError(
+            "General attacks need adversarial-robustness-toolbox: "
+            "pip install adversarial-robustness-toolbox"
+        ) from error
+    defended = hasattr(type(classifier), "member_classes")
+    if defended and classifier.mode == "vote":
+        raise ValueError(
+            "The votes of all pairs have no gradient. Make the defence with "
+            "`mode=\"validate\"`. Received: a defence with mode='vote'"
+        )
+    least = least_score(classifier) if defended else None
+    model = classifier.student if defended else classifier
+    shape = tuple(model.inputs[0].shape[1:])
+    scaling = (
+        classifier.preprocessing if defended else check_callable("preprocessing", preprocessing)
+    )
+
+    def logits(images: tf.Tensor) -> tf.Tensor:
+        images = tf.cast(images, tf.float32)
+        return model(scaling(images) if scaling else images, training=False)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.float32)])
+    def outputs(images: tf.Tensor) -> tf.Tensor:
+        own = logits(images)
+        if not defended:
+            return own
+        found, largest = classifier.call(images), tf.reduce_max(own, axis=1)
+        rejected = largest - certainty(found, least, classifier.reject_threshold)
+        below = largest - _TIE * (1 + tf.abs(largest))  # at the threshold, a tie is no rejection
+        rejected = tf.where(
+            found["accepted"], tf.minimum(rejected, below), tf.maximum(rejected, largest)
+        )
+        return tf.concat([rejected[:, None], own], axis=1)
+
+    return TensorFlowV2Classifier(
+        model=lambda images, training=False: outputs(tf.cast(images, tf.float32)),
+        nb_classes=int(model.outputs[0].shape[-1]) + defended,
+        input_shape=shape,
+        loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True),
+        clip_values=(0.0, 255.0),
+    )
+
+
+def least_score(defence: Any) -> float | None:
+    """The score that a defence asks for; `None` where votes decide."""
+    return float(defence.calibration.threshold) if defence.decision == "score" else None
+
+
+def certainty(found: dict[str, tf.Tensor], least: float | None, reject_threshold: int) -> tf.Tensor:
+    """How far a defence is from rejecting images, above 0 where it accepts; with a gradient.
+
+    Args:
+        found: What it says of them, `score` and `margins` among it.
+        least: The score that it asks for; `None` where votes decide.
+        reject_threshold: Votes that reject.
+
+    Returns:
+        Float tensor of shape `(batch,)`: the score less what is asked for or, where votes decide,
+        the margin that must be above 0, the smallest if one vote rejects.
+    """
+    if least is not None:
+        return found["score"] - least
+    return tf.sort(found["margins"], axis=1)[:, reject_threshold - 1]

@@ -1,0 +1,177 @@
+"""Craft images within a budget: what the attacks on images have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer, check_positive
+from keras_tl_defense.attacks.descent import Descent, State, adadelta
+from keras_tl_defense.attacks.dssim import dssim
+from keras_tl_defense.attacks.limits import Limit
+
+_CHECK_EVERY = 10
+_RESTART_NOISE = 0.03  # of the variable, where 1 is about half of the grey levels
+
+
+class Found(NamedTuple):
+    """Crafted images and their measures, a row for each source.
+
+    Attributes:
+        images: Whole grey levels, uint8 array of shape `(n, H, W, C)`.
+        raw: The same before they were clipped and rounded, float32.
+        aim: What was to become small, shape `(n,)`.
+        dssim: Structural dissimilarity of each from its source.
+        measure: What the budget bounds.
+    """
+
+    images: np.ndarray
+    raw: np.ndarray
+    aim: np.ndarray
+    dssim: np.ndarray
+    measure: np.ndarray
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...]) -> Found:
+        """What anything is better than."""
+        far = [np.full(shape[0], np.inf, np.float32) for _ in range(3)]
+        return cls(np.zeros(shape, np.uint8), np.zeros(shape, np.float32), *far)
+
+    def improve(self, other: Found, budget: float) -> None:
+        """Take from `other` what has a smaller aim within budget, or comes nearer to the budget."""
+        within, was_within = other.measure <= budget, self.measure <= budget
+        nearer = within & (other.aim < self.aim)
+        better = np.where(was_within, nearer, within | (other.measure < self.measure))
+        for own, new in zip(self, other, strict=True):
+            own[better] = new[better]
+
+
+class BoundedDescent:
+    """Change images so that something becomes small, within a budget.
+
+    Minimises `penalty * max(measure - budget, 0)² + aim` by Adadelta; see `MimicryAttack`.
+
+    Args:
+        aim: Maps images of shape `(batch, H, W, C)` and the context to numbers of shape `(batch,)`.
+        limit: The budget.
+        steps: Steps of Adadelta.
+        restarts: Further tries, from noise on the sources.
+        learning_rate: Of Adadelta.
+        penalty: Weight of leaving the budget; `None` takes `1000 / budget²`.
+        batch_size: Images at once.
+        seed: Decides the noise of restarts.
+        hint: What to do where a gradient is no number.
+    """
+
+    def __init__(
+        self,
+        aim: Callable[..., tf.Tensor],
+        limit: Limit,
+        *,
+        steps: int,
+        restarts: int,
+        learning_rate: float,
+        penalty: float | None,
+        batch_size: int,
+        seed: int,
+        hint: str,
+    ) -> None:
+        self._aim, self._limit, self._seed = aim, limit, seed
+        self.steps = check_integer("steps", steps, 1)
+        self.restarts = check_integer("restarts", restarts, 0)
+        rule = adadelta(check_positive("learning_rate", learning_rate))
+        penalty = 1000 / limit.budget**2 if penalty is None else penalty
+        self.penalty = check_positive("penalty", penalty)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        received = f"Received: penalty={self.penalty}"
+        self._descent = Descent(self._loss, rule, f"Lower `penalty`, or {hint}. {received}")
+        self._judge = tf.function(aim, reduce_retracing=True)
+
+    def progress(self, images: int, verbose: int | str, steps: int | None = None) -> Any:
+        """A progress bar for so many images; for all tries, unless steps are given."""
+        steps = (self.restarts + 1) * self.steps if steps is None else steps
+        batches = -(-images // self.batch_size)
+        return keras.utils.Progbar(batches * steps, verbose=0 if verbose == 0 else 1)
+
+    def __call__(
+        self,
+        source: np.ndarray,
+        context: Callable[[slice, int], State],
+        bar: Any,
+        steps: int | None = None,
+    ) -> Found:
+        """The images of the smallest aim within budget, looked for every ten steps.
+
+        Where none was within budget, the image that came closest to it.
+
+        Args:
+            source: Images of shape `(n, H, W, C)` in 0..255.
+            context: Maps part of the sources and the steps done to tensors of shape `(batch, …)`
+                for the aim of the next ten.
+            bar: Progress bar.
+            steps: Of a single try, in place of all.
+        """
+        parts = []
+        for start in range(0, len(source), self.batch_size):
+            part = slice(start, min(start + self.batch_size, len(source)))
+            original = tf.constant(source[part], tf.float32)
+            best = Found.nothing(source[part].shape)
+            for number in range(self.restarts + 1 if steps is None else 1):
+                delta = self._start(number, start, original.shape)
+                given = partial(context, part)
+                self._descend(original, given, delta, steps or self.steps, best, bar)
+            parts.append(best)
+        return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _start(self, number: int, first: int, shape: tuple[int, ...]) -> tf.Tensor:
+        """Where a try begins, whatever the size of batches; the first at the sources."""
+        if number == 0:
+            return tf.fill(shape, 1e-6)
+        noise = [
+            np.random.default_rng([self._seed, number, first + image]).standard_normal(shape[1:])
+            for image in range(shape[0])
+        ]
+        return tf.constant(_RESTART_NOISE * np.stack(noise), tf.float32)
+
+    def _descend(
+        self,
+        original: tf.Tensor,
+        context: Callable[[int], State],
+        delta: tf.Tensor,
+        steps: int,
+        best: Found,
+        bar: Any,
+    ) -> None:
+        """Craft a batch from `delta` on, and keep in `best` what is better."""
+        box = self._limit.box(original)
+        written = box.write(original)
+        state = self._descent.start(delta)
+        done = 0
+        while done < steps:
+            count, given = min(_CHECK_EVERY, steps - done), context(done)
+            state = self._descent(state, (written, original, *given), done, count)
+            done += count
+            raw = box.read(written + state[0]).numpy()
+            images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
+            crafted = tf.constant(images, tf.float32)
+            aim = self._judge(crafted, *given).numpy()
+            likeness = measure = dssim(crafted, original).numpy()
+            if self._limit.norm != "dssim":
+                measure = self._limit.measure(crafted, original).numpy()
+            best.improve(Found(images, raw, aim, likeness, measure), self._limit.budget)
+            bar.add(count, [("aim", float(best.aim.mean()))])
+
+    def _loss(
+        self, delta: tf.Tensor, written: tf.Tensor, original: tf.Tensor, *context: tf.Tensor
+    ) -> tf.Tensor:
+        image = self._limit.box(original).read(written + delta)
+        aim = self._aim(image, *context)
+        if not self._limit.penalised:
+            return aim
+        excess = tf.nn.relu(self._limit.measure(image, original) - self._limit.budget)
+        return self.penalty * tf.square(excess) + aim

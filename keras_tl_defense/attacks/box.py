@@ -1,0 +1,36 @@
+"""Inputs written so that an optimiser may change them freely and they stay in a range."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+_SHRINK = 2 - 1e-6  # so that the ends of the range have a finite `w`
+
+
+class Box(NamedTuple):
+    """`inputs = low + (tanh(w) / c + 1/2) * (high - low)`, with `c = 2 - 1e-6`.
+
+    Attributes:
+        low: Lowest values, a number or a tensor of the shape of inputs.
+        high: Highest values.
+    """
+
+    low: Any
+    high: Any
+
+    @classmethod
+    def around(cls, source: tf.Tensor, low: float, high: float, budget: float | None) -> Box:
+        """What is within a budget of the sources, and in the range."""
+        if budget is None:
+            return cls(low, high)
+        return cls(tf.maximum(source - budget, low), tf.minimum(source + budget, high))
+
+    def write(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The `w` of inputs."""
+        return tf.atanh(((inputs - self.low) / (self.high - self.low) - 0.5) * _SHRINK)
+
+    def read(self, w: tf.Tensor) -> tf.Tensor:
+        """The inputs of a `w`."""
+        return self.low + (tf.tanh(w) / _SHRINK + 0.5) * (self.high - self.low)

@@ -1,0 +1,129 @@
+"""Attackers who have the defence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, Images, fitted
+
+import keras_tl_defense as ktd
+from keras_tl_defense.attacks import AdaptiveAttack, MimicryAttack
+
+
+@pytest.fixture(scope="module")
+def calibrated(student: Any, images: Images) -> Any:
+    defence = fitted(student, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    return defence
+
+
+def attacked(images: Images) -> tuple[np.ndarray, ...]:
+    """18 sources, their classes and those that they are to be taken for."""
+    source = np.arange(0, len(images.y_test), len(images.y_test) // 18)[:18]
+    own = images.y_test[source]
+    return images.x_test[source], own, (own + 2) % CLASSES
+
+
+def succeeded(defence: Any, result: Any) -> float:
+    """Share that is accepted as the target, within budget."""
+    answered = defence.predict(result.adversarial, verbose=0) - 1
+    return float(np.mean(result.reached(answered)))
+
+
+@pytest.mark.parametrize("members", ["all", "sampled"])
+def test_who_has_the_defence_breaks_it_and_a_budget_hinders(
+    members: Any, calibrated: Any, images: Images
+) -> None:
+    rates = []
+    for budget in (1e-4, 1.0):
+        attack = AdaptiveAttack(calibrated, members=members, samples=3, budget=budget, steps=200)
+        rates.append(succeeded(calibrated, attack(*attacked(images), verbose=0)))
+    assert rates[0] < rates[1]
+    assert rates[1] >= 0.9
+
+
+def test_it_is_stronger_than_mimicry(calibrated: Any, images: Images) -> None:
+    options = {"budget": 0.1, "steps": 200}
+    base = calibrated.student.get_layer("base")
+    source, own, wanted = attacked(images)
+    like = np.stack([images.x_test[images.y_test == label][0] for label in wanted])
+    mimicry = MimicryAttack(base, base.layers[-1].name, **options)(
+        source, like, own, wanted, verbose=0
+    )
+    adaptive = AdaptiveAttack(calibrated, **options)(*attacked(images), verbose=0)
+    assert succeeded(calibrated, adaptive) >= succeeded(calibrated, mimicry)
+    assert adaptive.within_budget.mean() > 0.9
+    assert adaptive.gradients == 200
+
+
+def test_all_members_that_know_the_target_hold(calibrated: Any, images: Images) -> None:
+    given = attacked(images)
+    attack = AdaptiveAttack(calibrated, members="all", budget=1.0, steps=200)
+    result = attack(*given, verbose=0)
+    known = calibrated.member_classes
+    knowing = np.stack([np.flatnonzero((known == label).any(axis=1)) for label in given[2]])
+    assert knowing.shape == (18, CLASSES - 1)
+    found = calibrated.white_box(result.adversarial, knowing, given[2])
+    assert (np.array(found["margins"]) > 0).mean() > 0.9
+
+
+def test_no_member_that_knows_the_target_is_left_out(student: Any, images: Images) -> None:
+    """Where classes are known by different numbers of them, too."""
+    defence = fitted(
+        student, images, {"conv*": 0.5}, members_per_class=3, classes_per_member=4, ensemble_size=2
+    )
+    known, classes = defence.member_classes, np.arange(CLASSES)
+    counts = [(known == label).any(axis=1).sum() for label in classes]
+    assert min(counts) < max(counts)
+    chosen = AdaptiveAttack(defence, members="all")._choose(classes)(slice(0, CLASSES), 0)
+    for label, members in zip(classes, chosen, strict=True):
+        assert set(members) == set(np.flatnonzero((known == label).any(axis=1)))
+
+
+def test_votes_can_be_attacked(student: Any, images: Images) -> None:
+    defence = fitted(student, images, {"conv*": 0.5})
+    assert defence.decision == "count"
+    attack = AdaptiveAttack(defence, members="all", budget=1.0, steps=200)
+    assert succeeded(defence, attack(*attacked(images), verbose=0)) >= 0.8
+
+
+def test_the_seed_decides_the_samples(calibrated: Any, images: Images) -> None:
+    found = [
+        AdaptiveAttack(calibrated, samples=2, steps=20, budget=0.2, seed=seed)(
+            *attacked(images), verbose=0
+        ).adversarial
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"members": "drawn"}, "`members` must be one of"),
+        ({"samples": 0}, "`samples` must be"),
+        ({"confidence": 0}, "`confidence` must be"),
+        ({"budget": 2}, "`budget` must be"),
+        ({"steps": 0}, "`steps` must be"),
+    ],
+)
+def test_bad_options(options: Any, message: str, calibrated: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveAttack(calibrated, **options)
+
+
+def test_bad_images(student: Any, calibrated: Any, images: Images) -> None:
+    source, y_source, y_target = attacked(images)
+    attack = AdaptiveAttack(calibrated, steps=1)
+    with pytest.raises(ValueError, match="one label for each"):
+        attack(source, y_source, y_target[:-1])
+    with pytest.raises(ValueError, match=r"in 0..255"):
+        attack(source / 255, y_source, y_target)
+    with pytest.raises(ValueError, match=r"of another class.*y_source\[0\]=y_target\[0\]"):
+        attack(source, y_source, y_source)
+    votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")
+    with pytest.raises(ValueError, match="mode='vote'"):
+        AdaptiveAttack(votes)

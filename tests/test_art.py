@@ -1,0 +1,109 @@
+"""A defence under the attacks of adversarial-robustness-toolbox, and under gradients."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, Images, fitted
+
+import keras_tl_defense as ktd
+from keras_tl_defense.attacks import as_art_estimator
+
+
+@pytest.fixture(scope="module")
+def calibrated(student: Any, images: Images) -> Any:
+    defence = fitted(student, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    return defence
+
+
+@pytest.mark.parametrize("decision", ["score", "count"])
+def test_the_estimator_answers_as_the_defence(
+    decision: str, calibrated: Any, images: Images
+) -> None:
+    calibrated.decision = decision
+    estimator = as_art_estimator(calibrated)
+    rng = np.random.default_rng(0)
+    x = images.x_test.astype(np.float32)
+    x = np.concatenate([x, rng.uniform(0, 255, x[:40].shape).astype(np.float32)])
+    expected = calibrated.predict(x, verbose=0)
+    assert 0 < (expected == 0).sum() < len(expected)
+    np.testing.assert_array_equal(estimator.predict(x).argmax(axis=1), expected)
+    assert estimator.nb_classes == calibrated.classes + 1
+
+
+def test_gradients_point_where_the_outputs_rise(calibrated: Any, images: Images) -> None:
+    """Of rejection, too; the draw is fixed, as a step may draw other members."""
+    members = tf.constant(calibrated.explain(images.x_test[:8], verbose=0)["members"])
+    classes = tf.constant(images.y_test[:8])
+    x = tf.constant(images.x_test[:8], tf.float32)
+
+    def score(images: tf.Tensor) -> tf.Tensor:
+        return calibrated.white_box(images, members, classes)["score"]
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        before = score(x)
+    gradient = tape.gradient(before, x)
+    direction = gradient / tf.norm(tf.reshape(gradient, (8, -1)), axis=1)[:, None, None, None]
+    risen = (score(x + 0.05 * direction) - score(x - 0.05 * direction)) / 0.1
+    np.testing.assert_allclose(
+        risen, tf.norm(tf.reshape(gradient, (8, -1)), axis=1), rtol=0.1, atol=1e-4
+    )
+
+
+def test_the_white_box_sees_what_explain_says(calibrated: Any, images: Images) -> None:
+    details = calibrated.explain(images.x_test, verbose=0)
+    found = calibrated.white_box(
+        tf.constant(images.x_test), details["members"], details["student_class"]
+    )
+    for name in ("score", "margins"):
+        np.testing.assert_allclose(found[name], details[name], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(np.argmax(found["logits"], axis=1), details["student_class"])
+
+
+def test_projected_gradient_descent_beats_one_step_and_rises_with_the_budget(
+    student: Any, calibrated: Any, images: Images
+) -> None:
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
+
+    x, y = images.x_test[:30].astype(np.float32), (images.y_test[:30] + 2) % CLASSES
+    for classifier, shift in ((student, 0), (calibrated, 1)):
+        estimator = as_art_estimator(classifier)
+        labels = np.eye(estimator.nb_classes)[y + shift]
+        reached = {}
+        for name, budget in (("once", 16), ("little", 2), ("much", 16), ("all", 128)):
+            attack = (
+                FastGradientMethod(estimator, eps=budget, targeted=True)
+                if name == "once"
+                else ProjectedGradientDescent(
+                    estimator,
+                    eps=budget,
+                    eps_step=budget / 8,
+                    max_iter=30,
+                    targeted=True,
+                    verbose=False,
+                )
+            )
+            crafted = np.rint(attack.generate(x, labels))
+            answered = estimator.predict(crafted).argmax(axis=1)
+            reached[name] = np.mean(answered == y + shift)
+        assert reached["once"] <= reached["much"], reached
+        assert reached["little"] <= reached["much"] <= reached["all"], reached
+        assert reached["all"] > 0.9, reached
+
+
+def test_without_art_the_command_is_told(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "art.estimators.classification", None)
+    with pytest.raises(ImportError, match="pip install adversarial-robustness-toolbox"):
+        as_art_estimator(student)
+
+
+def test_votes_have_no_gradient(student: Any) -> None:
+    votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")
+    with pytest.raises(ValueError, match="have no gradient"):
+        as_art_estimator(votes)

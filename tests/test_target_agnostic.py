@@ -1,0 +1,117 @@
+"""Inputs that excite one unit each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import Images
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import TargetAgnosticAttack, effectiveness
+
+
+def probabilities(student: Any, x: np.ndarray) -> np.ndarray:
+    return tf.nn.softmax(student.predict(x.astype(np.float32), verbose=0)).numpy()
+
+
+def features(student: Any, x: np.ndarray) -> np.ndarray:
+    flat = student.get_layer("base").predict(x.astype(np.float32), verbose=0)
+    return flat.reshape(len(x), -1)
+
+
+def test_a_unit_is_high_and_the_others_are_not(student: Any) -> None:
+    base = student.get_layer("base")
+    attack = TargetAgnosticAttack(base, base.layers[-1].name, steps=150)
+    units = np.arange(0, 20, 3)
+    result = attack(units, verbose=0)
+    blank = np.full((1, *base.input_shape[1:]), 127.5)
+    before, after = features(student, blank)[0], features(student, result.adversarial)
+    strength = attack._usual_strength()
+    wanted = strength * np.eye(after.shape[1])[units]
+    assert (np.linalg.norm(after - wanted, axis=1) <= np.linalg.norm(before - wanted, axis=1)).all()
+    live = after[np.arange(len(units)), units] > before[units]
+    assert live.mean() >= 0.5
+    np.testing.assert_allclose(result.distance, np.linalg.norm(after - wanted, axis=1), rtol=1e-3)
+    assert result.adversarial.dtype == np.uint8
+    assert result.gradients == 150
+
+
+def test_the_student_is_surer_of_crafted_inputs_than_of_what_they_began_as(student: Any) -> None:
+    base = student.get_layer("base")
+    layer = base.layers[-1].name
+    found = {}
+    for steps in (1, 200):
+        result = TargetAgnosticAttack(base, layer, start="random", steps=steps)(verbose=0)
+        table = effectiveness(probabilities(student, result.adversarial), confidences=[0.95])
+        found[steps] = table.iloc[0]
+    assert found[200]["count"] > found[1]["count"]
+    assert found[200]["classes"] > found[1]["classes"]
+
+
+def test_the_budget_bounds_the_change_of_what_is_given(student: Any, images: Images) -> None:
+    base = student.get_layer("base")
+    layer = base.layers[-1].name
+    x = images.x_test[:6]
+    moved = []
+    for budget in (2, 16):
+        result = TargetAgnosticAttack(base, layer, budget=budget, steps=100)(range(6), x, verbose=0)
+        change = np.abs(result.adversarial.astype(int) - x)
+        assert 0 < change.max() <= budget
+        moved.append(result.distance.mean())
+    assert moved[1] < moved[0]
+    again = TargetAgnosticAttack(base, layer, budget=2, steps=100, batch_size=4)
+    np.testing.assert_array_equal(again(range(2), x[0], verbose=0).source, np.stack([x[0], x[0]]))
+
+
+def test_sounds(tmp_path: Any) -> None:
+    keras.utils.set_random_seed(0)
+    teacher = keras.Sequential(
+        [
+            keras.Input((64, 1)),
+            keras.layers.Conv1D(8, 5, activation="relu"),
+            keras.layers.GlobalAveragePooling1D(name="pool"),
+            keras.layers.Dense(4),
+        ]
+    )
+    attack = TargetAgnosticAttack(teacher, value_range=(-1, 1), steps=100)
+    assert attack.layer == "pool"
+    result = attack(verbose=0)
+    assert result.adversarial.shape == (8, 64, 1)
+    assert result.adversarial.dtype == np.float32
+    assert np.abs(result.adversarial).max() <= 1
+    assert (result.adversarial != np.rint(result.adversarial)).any()
+
+
+def test_effectiveness_counts_attempts() -> None:
+    rows = np.array([[0.96, 0.04], [0.3, 0.7], [0.005, 0.995], [0.995, 0.005]])
+    table = effectiveness(rows).set_index("confidence")
+    assert table.loc[0.95, ["count", "n", "classes", "attempts"]].tolist() == [3, 4, 2, 3]
+    assert table.loc[0.99, ["count", "n", "classes", "attempts"]].tolist() == [2, 4, 2, 4]
+    defended = effectiveness(rows, accepted=[True, True, False, True], confidences=[0.95])
+    assert defended["count"].tolist() == [2]
+    assert defended["attempts"].isna().all()
+    with pytest.raises(ValueError, match="rows that sum to 1"):
+        effectiveness(np.array([[3.0, -1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"start": "black"}, {}, "`start` must be one of"),
+        ({"value_range": (1, 0)}, {}, "`value_range` must be"),
+        ({"steps": 0}, {}, "`steps` must be"),
+        ({}, {"units": [10**6]}, "has the units 0"),
+        ({}, {"units": []}, "`units` must be some integers"),
+        ({}, {"units": [0.5]}, "`units` must be some integers"),
+        ({"budget": 3}, {"units": [0]}, "Pass them as `x`"),
+        ({}, {"units": [0, 1], "x": np.full((3, 12, 12, 3), 9)}, "an input for each of the 2"),
+        ({}, {"units": [0], "x": np.full((1, 12, 12, 3), 300)}, "values in 0..255"),
+        ({}, {"units": [0], "x": np.zeros((1, 8, 8, 3))}, "shape"),
+    ],
+)
+def test_bad_input(student: Any, options: Any, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TargetAgnosticAttack(student, "fc1", **options)(**call)
