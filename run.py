@@ -53,7 +53,7 @@ def test() -> None:
     run(PYTHON, "-m", "mypy")
     for marker in ("not slow", "slow"):
         for legacy in ("0", "1"):
-            run(PYTHON, "-m", "pytest", "-m", marker, TF_USE_LEGACY_KERAS=legacy)
+            run(PYTHON, "-m", "pytest", "-n", "auto", "-m", marker, TF_USE_LEGACY_KERAS=legacy)
 
 
 def main(arguments: list[str]) -> None:
