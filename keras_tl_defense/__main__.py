@@ -1,4 +1,4 @@
-"""The command line: `python -m keras_tl_defense demo`."""
+"""The command line: `python -m keras_tl_defense demo` and `sanity`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from keras_tl_defense.demo import DATA, Demo, DemoError
+from keras_tl_defense.sanity import Sanity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What follows the program's name; defaults to `sys.argv`.
 
     Returns:
-        0, 1 when the demonstration proves nothing, 2 when it cannot run.
+        0, 1 when the demonstration proves nothing or a check fails, 2 when it cannot run.
     """
     parser = argparse.ArgumentParser(prog="python -m keras_tl_defense", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,9 +49,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demo.add_argument("--seed", type=int, default=0, help="of drawing, training and attacks")
     demo.add_argument("--attacks", type=int, default=60, metavar="N", help="attacks of each kind")
+    sanity = commands.add_parser(
+        "sanity",
+        help="check that each attack does to an unguarded model what it says",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sanity.add_argument("--out", type=Path, metavar="DIR", help="folder for the tables")
+    sanity.add_argument("--seed", type=int, default=0, help="of drawing, training and attacks")
+    sanity.add_argument("--images", type=int, default=60, metavar="N", help="for each attack")
     options = vars(parser.parse_args(arguments))
-    del options["command"]
+    command = options.pop("command")
     try:
+        if command == "sanity":
+            return 0 if Sanity(**options).run() else 1
         Demo(**options).run()
     except DemoError as failure:
         print(f"The demonstration failed. {failure}", file=sys.stderr)

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Images, fitted
+from conftest import CLASSES, Images, build_student, fitted, train
 
 import keras_tl_defense as ktd
-from keras_tl_defense.attacks import AdaptiveAttack, MimicryAttack
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import AdaptiveAttack, MaskedMimicryAttack, MimicryAttack
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,65 @@ def test_no_member_that_knows_the_target_is_left_out(student: Any, images: Image
     chosen = AdaptiveAttack(defence, members="all")._choose(classes)(slice(0, CLASSES), 0)
     for label, members in zip(classes, chosen, strict=True):
         assert set(members) == set(np.flatnonzero((known == label).any(axis=1)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_who_knows_the_draw_needs_no_other_members(
+    masked: bool, calibrated: Any, images: Images
+) -> None:
+    """The members that were attacked accept; others may not."""
+    source, own, wanted = attacked(images)
+    options = {"members": "fixed", "samples": 3, "budget": 1.0, "steps": 200}
+    if masked:
+        base = calibrated.student.get_layer("base")
+        like = np.stack([images.x_test[images.y_test == label][0] for label in wanted])
+        attack: Any = MaskedMimicryAttack(base, base.layers[-1].name, calibrated, **options)
+        result = attack(source, like, own, wanted, verbose=0)
+    else:
+        result = AdaptiveAttack(calibrated, **options)(source, own, wanted, verbose=0)
+    assert result.members.shape == (18, 3)
+    known = calibrated.member_classes[result.members]
+    assert (known == wanted[:, None, None]).any(axis=2).all()
+    found = calibrated.white_box(result.adversarial, result.members, wanted)
+    score = np.array(found["score"])
+    assert (score >= calibrated.calibration.threshold).mean() >= (0.6 if masked else 0.9)
+
+
+def test_masks_help_who_imitates(calibrated: Any, images: Images) -> None:
+    """What the members read comes nearer to the target's than by mimicry of the Teacher alone."""
+    source, own, wanted = attacked(images)
+    like = np.stack([images.x_test[images.y_test == label][0] for label in wanted])
+    base = calibrated.student.get_layer("base")
+    given = (source, like, own, wanted)
+    options = {"budget": 1.0, "steps": 200}
+    results = [
+        MimicryAttack(base, base.layers[-1].name, **options)(*given, verbose=0),
+        MaskedMimicryAttack(base, base.layers[-1].name, calibrated, members="all", **options)(
+            *given, verbose=0
+        ),
+    ]
+    assert results[1].layer == base.layers[-1].name
+    apart, accepted = [], []
+    for result in results:
+        looks = [
+            np.array(
+                calibrated.white_box(x.astype(np.float32), results[1].members, wanted)["features"]
+            )
+            for x in (result.adversarial, like)
+        ]
+        apart.append(np.linalg.norm(looks[0] - looks[1], axis=2).mean())
+        accepted.append(succeeded(calibrated, result))
+    assert apart[1] < apart[0]
+    assert accepted[1] >= accepted[0]
+
+
+def test_a_student_with_softmax_is_no_harder(images: Images) -> None:
+    keras.utils.set_random_seed(0)
+    student = train(build_student(softmax=True), images)
+    defence = fitted(student, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    attack = AdaptiveAttack(defence, samples=3, budget=1.0, steps=200)
+    assert succeeded(defence, attack(*attacked(images), verbose=0)) >= 0.9
 
 
 def test_votes_can_be_attacked(student: Any, images: Images) -> None:

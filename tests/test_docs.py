@@ -16,7 +16,16 @@ from conftest import draw_history
 import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import adaptive, art, base, mimicry, target_agnostic, targets
+from keras_tl_defense.attacks import (
+    adaptive,
+    art,
+    base,
+    general,
+    masked_mimicry,
+    mimicry,
+    target_agnostic,
+    targets,
+)
 from keras_tl_defense.ensemble import calibration, heads, model, search, trial
 from keras_tl_defense.evaluation import plots, report, roc, sizes
 from keras_tl_defense.pruning import callback, channel_mask, masks, ratios, schedule
@@ -95,7 +104,7 @@ def test_docstrings_of_results(
     attack = ktd.attacks.MimicryAttack(names["teacher"], "flatten", steps=1)
     result = attack(*(names[n] for n in ("x_source", "x_target", "y_source", "y_target")))
     defence.search_history = draw_history()
-    for module in (base, report, plots, roc, sizes, adaptive, art):
+    for module in (base, report, plots, roc, sizes, adaptive, art, general, masked_mimicry):
         made = {"evaluate_defence": ktd.evaluate_defence}
         globs = {**made, **vars(module), **names, "defence": defence, "result": result}
         examples = doctest.testmod(module, globs=globs)

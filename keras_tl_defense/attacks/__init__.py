@@ -6,6 +6,8 @@ from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.best_layer import LayerChoice, best_layer
 from keras_tl_defense.attacks.dssim import dssim
 from keras_tl_defense.attacks.fingerprint import fingerprint_teacher, gini
+from keras_tl_defense.attacks.general import GeneralAttack
+from keras_tl_defense.attacks.masked_mimicry import MaskedMimicryAttack
 from keras_tl_defense.attacks.mimicry import MimicryAttack
 from keras_tl_defense.attacks.target_agnostic import TargetAgnosticAttack, effectiveness
 from keras_tl_defense.attacks.targets import AttackPlan, plan_attacks
@@ -14,7 +16,9 @@ __all__ = [
     "AdaptiveAttack",
     "AttackPlan",
     "AttackResult",
+    "GeneralAttack",
     "LayerChoice",
+    "MaskedMimicryAttack",
     "MimicryAttack",
     "TargetAgnosticAttack",
     "as_art_estimator",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._validation import check_choice, check_integer, check_positive
+from keras_tl_defense._validation import check_positive
 from keras_tl_defense.attacks.art import least_score
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.bounded import BoundedDescent
 from keras_tl_defense.attacks.limits import Limit, Norm
+from keras_tl_defense.attacks.members import MemberChoice, Members
 from keras_tl_defense.attacks.targets import check_apart
 from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
 
@@ -28,13 +28,15 @@ class AdaptiveAttack:
 
     Args:
         defence: A fitted `DifferentiatorEnsemble` with `mode="validate"`.
-        members: Which differentiators that know the target class are attacked: `"all"`; or
-            `"sampled"`, five others every ten steps, so that the image holds whichever are drawn.
-            Defaults to `"sampled"`.
-        samples: How many are sampled. Defaults to `5`.
+        members: Which differentiators that know the target class are attacked: `"all"`;
+            `"sampled"`, five others every ten steps, so that the image holds whichever are drawn;
+            or `"fixed"`, five for each image, by who knows which are drawn. Defaults to
+            `"sampled"`.
+        samples: How many are sampled or fixed. Defaults to `5`.
         confidence: By how much the score shall exceed its threshold. Defaults to `0.5`.
-        budget, norm, steps, restarts, learning_rate, penalty, batch_size, seed: As for
-            `MimicryAttack`; the seed decides the samples, too.
+        learning_rate: Of Adam. Defaults to `0.01`.
+        budget, norm, steps, restarts, penalty, batch_size, seed: As for `MimicryAttack`; the seed
+            decides the samples, too.
 
     Raises:
         ValueError: An argument is out of range, or the defence votes with all pairs.
@@ -53,36 +55,31 @@ class AdaptiveAttack:
         self,
         defence: Any,
         *,
-        members: Literal["all", "sampled"] = "sampled",
+        members: Members = "sampled",
         samples: int = 5,
         confidence: float = 0.5,
         budget: float | None = None,
         norm: Norm = "dssim",
         steps: int = 600,
         restarts: int = 0,
-        learning_rate: float = 1.0,
+        learning_rate: float = 0.01,
         penalty: float | None = None,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        if defence.mode == "vote":
-            raise ValueError(
-                "Adaptive attacks are on the members that check an answer. Make the defence with "
-                "`mode=\"validate\"`. Received: a defence with mode='vote'"
-            )
+        self._choose = MemberChoice(defence, members, samples, seed)
         self.defence = defence
-        self.members = check_choice("members", members, ("all", "sampled"))
-        self.samples = check_integer("samples", samples, 1)
         self.confidence = check_positive("confidence", confidence)
         least = least_score(defence)
         self._asked = None if least is None else least + self.confidence
         self._limit = Limit(norm, budget)
-        self.budget, self.norm, self.seed = self._limit.budget, norm, seed
+        self.budget, self.norm = self._limit.budget, norm
         self._search = BoundedDescent(
             self._missing,
             self._limit,
             steps=steps,
             restarts=restarts,
+            optimizer="adam",
             learning_rate=learning_rate,
             penalty=penalty,
             batch_size=batch_size,
@@ -129,39 +126,18 @@ class AdaptiveAttack:
             return tf.constant(chosen(part, done), tf.int32), tf.constant(wanted[part], tf.int32)
 
         found = self._search(source, context, self._search.progress(count, verbose))
-        tries = self._search.restarts + 1
-        return AttackResult(
-            adversarial=found.images,
-            within_budget=found.measure <= self.budget,
+        return self._search.result(
+            found,
+            started,
             source=source,
             y_source=own,
             y_target=wanted,
-            raw=found.raw,
-            distance=found.aim,
-            dssim=found.dssim,
-            gradients=tries * self.steps,
-            seconds=time.perf_counter() - started,
+            members=self._choose.kept(chosen, count),
         )
-
-    def _choose(self, wanted: np.ndarray) -> Any:
-        """Differentiators that know each target class, for part of the images at a step."""
-        known = self.defence.member_classes
-        knowing = [np.flatnonzero((known == label).any(axis=1)) for label in wanted]
-        most = max(len(members) for members in knowing)
-        every = np.stack([np.resize(members, most) for members in knowing])  # few come again
-
-        def choose(part: slice, done: int) -> np.ndarray:
-            if self.members == "all" or most <= self.samples:
-                return every[part]
-            rng = np.random.default_rng([self.seed, part.start, done])
-            drawn = rng.permuted(every[part], axis=1)
-            return drawn[:, : self.samples]
-
-        return choose
 
     def _missing(self, images: tf.Tensor, members: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
         found = self.defence.white_box(images, members, classes)
-        logits = found["logits"]
+        logits = as_logits(found["logits"])
         own = tf.one_hot(classes, logits.shape[1], on_value=True, off_value=False)
         other = tf.reduce_max(tf.where(own, logits.dtype.min, logits), axis=1)
         lead = tf.gather(logits, classes, batch_dims=1) - other
@@ -170,3 +146,10 @@ class AdaptiveAttack:
         if self._asked is not None:
             missing += tf.nn.relu(self._asked - found["score"])
         return missing
+
+
+def as_logits(outputs: tf.Tensor) -> tf.Tensor:
+    """A Student's logits; the logarithms of its outputs where it ends in a softmax."""
+    sums, least = tf.reduce_sum(outputs, axis=1), tf.reduce_min(outputs)
+    probable = (least >= 0) & (tf.reduce_max(tf.abs(sums - 1)) < 1e-3)
+    return tf.where(probable, tf.math.log(tf.maximum(outputs, 1e-12)), outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -41,6 +42,23 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     Reference:
         Nicolae et al., "Adversarial Robustness Toolbox v1.0.0", arXiv:1807.01069.
     """
+    return make_estimator(classifier, preprocessing)
+
+
+def make_estimator(
+    classifier: Any,
+    preprocessing: Any,
+    around: Callable[[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]], tf.Tensor] | None = None,
+    highest: float = 255.0,
+) -> Any:
+    """What `as_art_estimator` returns, of images in 0..`highest`, and its outputs changed.
+
+    Args:
+        classifier: A defence or a Keras model.
+        preprocessing: Of a Keras model.
+        around: Maps images and the function that maps images to outputs to other outputs.
+        highest: What stands for 255.
+    """
     try:
         from art.estimators.classification import TensorFlowV2Classifier
     except ImportError as error:
@@ -48,7 +66,7 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
             "General attacks need adversarial-robustness-toolbox: "
             "pip install adversarial-robustness-toolbox"
         ) from error
-    defended = hasattr(type(classifier), "member_classes")
+    defended = is_defence(classifier)
     if defended and classifier.mode == "vote":
         raise ValueError(
             "The votes of all pairs have no gradient. Make the defence with "
@@ -65,7 +83,6 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
         images = tf.cast(images, tf.float32)
         return model(scaling(images) if scaling else images, training=False)
 
-    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.float32)])
     def outputs(images: tf.Tensor) -> tf.Tensor:
         own = logits(images)
         if not defended:
@@ -78,13 +95,23 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
         )
         return tf.concat([rejected[:, None], own], axis=1)
 
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.float32)])
+    def answered(images: tf.Tensor) -> tf.Tensor:
+        images *= 255 / highest
+        return around(images, outputs) if around else outputs(images)
+
     return TensorFlowV2Classifier(
-        model=lambda images, training=False: outputs(tf.cast(images, tf.float32)),
+        model=lambda images, training=False: answered(tf.cast(images, tf.float32)),
         nb_classes=int(model.outputs[0].shape[-1]) + defended,
         input_shape=shape,
         loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True),
-        clip_values=(0.0, 255.0),
+        clip_values=(0.0, highest),
     )
+
+
+def is_defence(classifier: Any) -> bool:
+    """Whether it is a `DifferentiatorEnsemble` and no other Keras model."""
+    return hasattr(type(classifier), "member_classes")
 
 
 def least_score(defence: Any) -> float | None:

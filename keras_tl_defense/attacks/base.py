@@ -21,6 +21,9 @@ class AttackResult:
             were not given.
         y_target: Classes of the targets, or `None` when any other class than the source's will do.
         target: The inputs that they imitate, or `None` when they imitate none.
+        layer: Name of the Teacher's layer that was attacked, or `None` when there was none.
+        members: The differentiators that were attacked, int array of shape `(n, k)`: rows of a
+            defence's `member_classes`; `None` when there were none, or other ones all the time.
         raw: Float32 array: the inputs before they were clipped and rounded.
         distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
             the crafted input and those wanted, at the attacked layer.
@@ -40,6 +43,8 @@ class AttackResult:
     y_source: np.ndarray | None = None
     y_target: np.ndarray | None = None
     target: np.ndarray | None = None
+    layer: str | None = None
+    members: np.ndarray | None = None
     raw: np.ndarray | None = None
     distance: np.ndarray | None = None
     dssim: np.ndarray | None = None

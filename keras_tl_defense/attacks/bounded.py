@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
-from keras_tl_defense._validation import check_integer, check_positive
-from keras_tl_defense.attacks.descent import Descent, State, adadelta
+from keras_tl_defense._validation import check_choice, check_integer, check_positive
+from keras_tl_defense.attacks.base import AttackResult
+from keras_tl_defense.attacks.descent import Descent, Rule, State, adadelta, adam
 from keras_tl_defense.attacks.dssim import dssim
 from keras_tl_defense.attacks.limits import Limit
 
 _CHECK_EVERY = 10
+Optimizer = Literal["adadelta", "adam"]
+_RULES: dict[str, tuple[Callable[[float], Rule], float]] = {
+    "adadelta": (adadelta, 1.0),
+    "adam": (adam, 0.01),
+}
 _RESTART_NOISE = 0.03  # of the variable, where 1 is about half of the grey levels
 
 
@@ -54,14 +61,15 @@ class Found(NamedTuple):
 class BoundedDescent:
     """Change images so that something becomes small, within a budget.
 
-    Minimises `penalty * max(measure - budget, 0)² + aim` by Adadelta; see `MimicryAttack`.
+    Minimises `penalty * max(measure - budget, 0)² + aim`; see `MimicryAttack`.
 
     Args:
         aim: Maps images of shape `(batch, H, W, C)` and the context to numbers of shape `(batch,)`.
         limit: The budget.
-        steps: Steps of Adadelta.
+        steps: Steps of descent.
         restarts: Further tries, from noise on the sources.
-        learning_rate: Of Adadelta.
+        optimizer: `"adadelta"` or `"adam"`.
+        learning_rate: Of the optimizer; `None` takes 1 for Adadelta and 0.01 for Adam.
         penalty: Weight of leaving the budget; `None` takes `1000 / budget²`.
         batch_size: Images at once.
         seed: Decides the noise of restarts.
@@ -75,7 +83,8 @@ class BoundedDescent:
         *,
         steps: int,
         restarts: int,
-        learning_rate: float,
+        optimizer: str,
+        learning_rate: float | None,
         penalty: float | None,
         batch_size: int,
         seed: int,
@@ -84,12 +93,13 @@ class BoundedDescent:
         self._aim, self._limit, self._seed = aim, limit, seed
         self.steps = check_integer("steps", steps, 1)
         self.restarts = check_integer("restarts", restarts, 0)
-        rule = adadelta(check_positive("learning_rate", learning_rate))
+        rule, usual = _RULES[check_choice("optimizer", optimizer, tuple(_RULES))]
+        rate = check_positive("learning_rate", usual if learning_rate is None else learning_rate)
         penalty = 1000 / limit.budget**2 if penalty is None else penalty
         self.penalty = check_positive("penalty", penalty)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         received = f"Received: penalty={self.penalty}"
-        self._descent = Descent(self._loss, rule, f"Lower `penalty`, or {hint}. {received}")
+        self._descent = Descent(self._loss, rule(rate), f"Lower `penalty`, or {hint}. {received}")
         self._judge = tf.function(aim, reduce_retracing=True)
 
     def progress(self, images: int, verbose: int | str, steps: int | None = None) -> Any:
@@ -127,6 +137,25 @@ class BoundedDescent:
                 self._descend(original, given, delta, steps or self.steps, best, bar)
             parts.append(best)
         return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def result(self, found: Found, started: float, **known: Any) -> AttackResult:
+        """What was found, as an attack returns it.
+
+        Args:
+            found: The images.
+            started: When, by `time.perf_counter`.
+            **known: What else the result says, such as `source`.
+        """
+        return AttackResult(
+            adversarial=found.images,
+            within_budget=found.measure <= self._limit.budget,
+            raw=found.raw,
+            distance=found.aim,
+            dssim=found.dssim,
+            gradients=(self.restarts + 1) * self.steps,
+            seconds=time.perf_counter() - started,
+            **known,
+        )
 
     def _start(self, number: int, first: int, shape: tuple[int, ...]) -> tf.Tensor:
         """Where a try begins, whatever the size of batches; the first at the sources."""

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks.base import AttackResult
-from keras_tl_defense.attacks.bounded import BoundedDescent
+from keras_tl_defense.attacks.bounded import BoundedDescent, Optimizer
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 from keras_tl_defense.attacks.limits import Limit, Norm
 from keras_tl_defense.attacks.targets import check_apart
@@ -27,7 +27,7 @@ class MimicryAttack:
     Whoever has the Teacher can make a Student take an image of one class for another without
     knowing the Student: where the two share their first layers, equal features in gives equal
     answers out. Each image minimises `penalty * max(DSSIM - budget, 0)² + ‖features(target) -
-    features(image)‖₂` by Adadelta over `w + δ`, with `w = arctanh((source / 255 - 1/2) * c)` and
+    features(image)‖₂` by descent over `w + δ`, with `w = arctanh((source / 255 - 1/2) * c)` and
     `image = (tanh(w + δ) / c + 1/2) * 255`. Under `norm="linf"` the changes are bounded by such a
     `tanh` instead of a penalty. The answer is the closest image within budget after rounding to
     whole grey levels, looked for every 10 steps; where no image was within budget, the one that
@@ -41,10 +41,12 @@ class MimicryAttack:
             in `(0, 1]`, of which 1 lifts the limit, or grey levels. Defaults to 0.01, 500 or 8.
         norm: `"dssim"`, of five scales for images of 176 pixels and more, else of one; `"l2"`,
             Euclidean over all numbers of an image; or `"linf"`, the largest change of any number.
-        steps: Steps of Adadelta. Defaults to `2000`.
+        steps: Steps of descent. Defaults to `2000`.
         restarts: Further tries, from noise on the source; the best of all is the answer. Defaults
             to `0`.
-        learning_rate: Of Adadelta. Defaults to `1.0`.
+        optimizer: `"adadelta"`, as in the paper, or `"adam"`, which succeeds as often with a
+            quarter of the steps. Defaults to `"adadelta"`.
+        learning_rate: Of the optimizer. Defaults to 1 for Adadelta and 0.01 for Adam.
         penalty: Weight of leaving the budget. Defaults to `1000 / budget²`, which is 1e7 at 0.01.
         batch_size: Images that are crafted at once. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what the Teacher takes, when it does not
@@ -75,7 +77,8 @@ class MimicryAttack:
         norm: Norm = "dssim",
         steps: int = 2000,
         restarts: int = 0,
-        learning_rate: float = 1.0,
+        optimizer: Optimizer = "adadelta",
+        learning_rate: float | None = None,
         penalty: float | None = None,
         batch_size: int = 64,
         preprocessing: Any = None,
@@ -96,6 +99,7 @@ class MimicryAttack:
             self._limit,
             steps=steps,
             restarts=restarts,
+            optimizer=optimizer,
             learning_rate=learning_rate,
             penalty=penalty,
             batch_size=batch_size,
@@ -257,22 +261,18 @@ class MimicryAttack:
         y_target: np.ndarray | None,
         verbose: int | str,
     ) -> AttackResult:
-        started, tries = time.perf_counter(), self.restarts + 1
+        started = time.perf_counter()
         found = self._search(
             source, self._wanted(target), self._search.progress(len(source), verbose)
         )
-        return AttackResult(
-            adversarial=found.images,
-            within_budget=found.measure <= self.budget,
+        return self._search.result(
+            found,
+            started,
             source=source,
             y_source=y_source,
             y_target=y_target,
             target=target,
-            raw=found.raw,
-            distance=found.aim,
-            dssim=found.dssim,
-            gradients=tries * self.steps,
-            seconds=time.perf_counter() - started,
+            layer=self.layer,
         )
 
     def _check(self, images: Any, name: str) -> np.ndarray:

@@ -81,7 +81,8 @@ def answer_images(
     features = bank.body_features(values, rows, tf.reshape(members, [-1]))
     margins = bank.margins(features, members, student_class)
     finite &= tf.reduce_all(tf.math.is_finite(margins), axis=1)
-    score = input_score(margins, bank.reference_margins(values), student_class)
+    rivals = bank.reference_margins(bank.reference_features(values))
+    score = input_score(margins, rivals, student_class)
     finite &= tf.math.is_finite(score)
     score = tf.where(finite, score, _LOWEST)
     margins = tf.where(finite[:, None], margins, _LOWEST)
@@ -122,10 +123,11 @@ def white_box_answer(
     count, size = tf.shape(images)[0], tf.shape(members)[1]
     rows = tf.repeat(tf.range(count), size)[:, None]
     features = bank.body_features(values, rows, tf.reshape(members, [-1]))
-    margins = bank.margins(features, members, classes)
+    margins, references = bank.margins(features, members, classes), bank.reference_features(values)
     return {
         "logits": values[graph.output],
         "features": tf.reshape(features, (count, size, bank.features)),
+        "reference_features": tf.transpose(references, (1, 0, 2)),
         "margins": margins,
-        "score": input_score(margins, bank.reference_margins(values), classes),
+        "score": input_score(margins, bank.reference_margins(references), classes),
     }

@@ -278,19 +278,22 @@ class DifferentiatorBank(keras.layers.Layer):
             sign, place = 1 - 2 * tf.cast(place, tf.float32), tf.zeros_like(place)
         return tf.reshape(self.heads.one(features, flat, place) * sign, tf.shape(members))
 
-    def reference_margins(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
+    def reference_features(self, values: dict[int, tf.Tensor]) -> tf.Tensor:
+        """What the references' heads read, `(references, batch, features)`, of a pass's tensors."""
+        images, count = tf.shape(values[self.tensor])[0], len(self.references)
+        rows = tf.tile(tf.range(images)[None], [count, 1])
+        features = self.member_bodies(values, rows, tf.constant(self.references, tf.int32))
+        return tf.reshape(features, (count, images, self.reference_heads.features))
+
+    def reference_margins(self, features: tf.Tensor) -> tf.Tensor:
         """How surely the references take each image for each class, on average.
 
         Args:
-            values: The unmasked tensors of a pass over the images.
+            features: From `reference_features`.
 
         Returns:
             Float tensor of shape `(batch, classes)`.
         """
-        images, count = tf.shape(values[self.tensor])[0], len(self.references)
-        rows = tf.tile(tf.range(images)[None], [count, 1])
-        features = self.member_bodies(values, rows, tf.constant(self.references, tf.int32))
-        features = tf.reshape(features, (count, images, self.reference_heads.features))
         return tf.reduce_mean(self.reference_heads.all(features), axis=0)
 
 

@@ -685,9 +685,10 @@ class DifferentiatorEnsemble(keras.Model):
             classes: Int tensor of shape `(batch,)` in `0..K-1`: as what each image is to be taken.
 
         Returns:
-            Float tensors: `logits` of the Student, `(batch, K)`; `features` that the members' heads
-            read, `(batch, k, …)`; `margins`, `(batch, k)`, and `score`, `(batch,)`, as `explain`
-            would give them if the Student said these classes and drew these members.
+            Float tensors: `logits`, what the Student returns, `(batch, K)`; `features` that the
+            members' heads read, `(batch, k, …)`, and `reference_features`, those of the references,
+            `(batch, r, …)`; `margins`, `(batch, k)`, and `score`, `(batch,)`, as `explain` would
+            give them if the Student said these classes and drew these members.
 
         Raises:
             RuntimeError: `adapt` or `fit` was not called; see `call`.

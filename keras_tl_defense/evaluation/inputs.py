@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
 from keras_tl_defense.data import Batches, check_labels
+from keras_tl_defense.graph import ModelGraph
 
 
 def explain_labelled(
@@ -81,7 +83,21 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
                 where = f"attacks[{name!r}].{field}"
                 check_labels(labels, defence.classes, len(result.adversarial), where)
         result.reached(np.zeros(len(result.adversarial), int))  # refuses unknown sources
+        if result.layer is not None and result.layer not in _frozen_layers(defence):
+            warnings.warn(
+                f"The attack {name!r} imitates the layer {result.layer!r}, which is not among the "
+                "layers that the Student has from its Teacher, so it is weaker than it could be. "
+                f"Attack the Teacher at the cut, {defence.cut!r}, or see `best_layer`.",
+                stacklevel=3,
+            )
     return attacks
+
+
+def _frozen_layers(defence: Any) -> set[str]:
+    """Names of the Student's layers up to the cut."""
+    graph = ModelGraph(defence.student, "student")
+    last = graph.producer[graph.layer_output(defence.cut)]
+    return {step.name.split("/")[-1] for step in graph.steps[: last + 1]}
 
 
 def _image_shape(defence: Any) -> tuple[int, ...]:

@@ -1,0 +1,259 @@
+"""What every attack of the library achieves against real Students, with and without the defence.
+
+    python benchmarks/attacks.py DATA CACHE [--students lfw-flatten …] [--attacks 200] [--only PGD]
+
+`DATA` and `CACHE` are as for `protection.py`; ratios and the heads' layer are searched once for a
+Student, everything else is the default. All attacks are on the same test images, and within the
+same budgets: the Student's DSSIM budget, or a largest change of 8 or a Euclidean one of 500 grey
+levels. Finished rows are kept in `CACHE`. Writes `attacks.csv` and `attacks.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from members import searched
+from students import CASES, Case, load_attacks, load_case, parser, percent
+
+import keras_tl_defense as ktd
+from keras_tl_defense.attacks import (
+    AdaptiveAttack,
+    AttackResult,
+    GeneralAttack,
+    MaskedMimicryAttack,
+    MimicryAttack,
+    TargetAgnosticAttack,
+    plan_attacks,
+)
+from keras_tl_defense.evaluation import evaluate_defence
+
+STUDENTS = ("gtsrb-mid", "lfw-flatten", "lfw-mobilenet")
+FACTORS = (0.5, 0.75, 1.0, 1.25)
+METHODS = ("fgsm", "pgd", "eot-pgd", "deepfool", "carlini-wagner")
+
+
+class Attack(NamedTuple):
+    """A row to be: what the attacker has, and how to attack."""
+
+    knows: str
+    name: str
+    make: Callable[[], AttackResult]
+
+
+def load_defence(case: Case, cache: Path, label: str = "defence", **options: Any) -> Any:
+    """Read or make a calibrated defence of a Student, by default as searched, of all pairs."""
+    path = cache / f"{case.name}-{label}.keras"
+    if not path.exists():
+        options = {**searched(case, cache), **options}
+        defence = ktd.DifferentiatorEnsemble(
+            case.student, seed=0, preprocessing=case.preprocessing, **options
+        )
+        defence.adapt(case.x_train, case.y_train, verbose=0)
+        defence.fit(*case.augmented(), verbose=0)
+        defence.calibrate(case.x_val, case.y_val, verbose=0)
+        defence.save(path)
+    return ktd.load_model(path)
+
+
+def rebuilt(case: Case, cache: Path, factor: float) -> Any:
+    """What an attacker builds who guesses the ratios, of the validation images."""
+    found = searched(case, cache)
+    ratios = {name: min(0.99, factor * ratio) for name, ratio in found["ratios"].items()}
+    path = cache / f"{case.name}-rebuilt-{factor:g}.keras"
+    if not path.exists():
+        own = ktd.DifferentiatorEnsemble(
+            case.student,
+            ratios,
+            head_layer=found["head_layer"],
+            members_per_class=10,
+            seed=1,
+            preprocessing=case.preprocessing,
+        )
+        own.adapt(case.x_val, case.y_val, verbose=0)
+        own.fit(case.x_val, case.y_val, verbose=0)
+        own.calibrate(case.x_val, case.y_val, verbose=0)
+        own.save(path)
+    return ktd.load_model(path)
+
+
+def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> Iterator[Attack]:
+    """Every attack on a Student, from who knows least to who knows all."""
+    x, y = case.x_test, case.y_test
+    plan = plan_attacks(y, case.student_class(x), count, seed=1)
+    source, target = x[plan.sources], x[plan.targets]
+    own, wanted = y[plan.sources], y[plan.targets]
+    at_cut = {"preprocessing": case.preprocessing}
+    within: dict[str, Any] = {"budget": case.budget, "steps": steps, "batch_size": 32}
+    given = (source, target, own, wanted)
+
+    def mimicry(kind: str) -> AttackResult:
+        return load_attacks(case, cache, count)[kind]
+
+    def by_adam(**options: Any) -> AttackResult:
+        attack = MimicryAttack(
+            case.teacher, case.cut, steps=600, optimizer="adam", **at_cut, **options
+        )
+        return attack(*given, verbose=0)
+
+    def general(model: Any, method: Any) -> AttackResult:
+        return GeneralAttack(model, method, **at_cut)(source, own, verbose=0)
+
+    def adaptive(known: Any, **options: Any) -> AttackResult:
+        return AdaptiveAttack(known, **within, **options)(source, own, wanted, verbose=0)
+
+    def by_masks() -> AttackResult:
+        return MaskedMimicryAttack(case.teacher, case.cut, defence, **within)(*given, verbose=0)
+
+    def guessed(factor: float) -> AttackResult:
+        return adaptive(rebuilt(case, cache, factor))
+
+    knows = "the Teacher"
+    for kind in ("targeted", "non-targeted"):
+        yield Attack(knows, f"mimicry, {kind}", partial(mimicry, kind))
+    yield Attack(knows, "mimicry by Adam", partial(by_adam, budget=case.budget))
+    yield Attack(knows, "mimicry by Adam, largest change 8", partial(by_adam, norm="linf"))
+    if case.name != "lfw-mobilenet":  # whose Teacher comes without classes
+        for method in METHODS:
+            yield Attack(knows, f"{method} on the Teacher", partial(general, case.teacher, method))
+    for budget in (None, 8):
+        label = "free" if budget is None else f"largest change {budget}"
+        made = partial(agnostic, case, source, own, budget)
+        yield Attack(knows, f"target-agnostic, {label}", made)
+    for method in METHODS:
+        made = partial(general, case.student, method)
+        yield Attack("the Student", f"{method} on the Student", made)
+    for factor in FACTORS:
+        label = f"adaptive, own defence with {factor:g} times the ratios"
+        yield Attack("how defences are built", label, partial(guessed, factor))
+    yield Attack("the masks", "mimicry of sampled members", by_masks)
+    for members in ("fixed", "sampled", "all"):
+        made = partial(adaptive, defence, members=members)
+        yield Attack("all but the key", f"adaptive, {members} members", made)
+    made = partial(by_questions, case, defence, source, own, wanted)
+    yield Attack("answers only", "hop-skip-jump, Euclidean change 500", made)
+
+
+def agnostic(case: Case, source: np.ndarray, own: np.ndarray, budget: float | None) -> AttackResult:
+    """Inputs for as many units of the cut as there are sources; drawn at random where more."""
+    attack = TargetAgnosticAttack(
+        case.teacher, case.cut, budget=budget, preprocessing=case.preprocessing
+    )
+    size = int(np.prod(case.teacher.get_layer(case.cut).output.shape[1:]))
+    units = np.random.default_rng(0).choice(size, len(source), replace=len(source) > size)
+    result = attack(units.tolist(), None if budget is None else source, verbose=0)
+    return result if budget is None else _with_classes(result, own)
+
+
+def _with_classes(result: AttackResult, own: np.ndarray) -> AttackResult:
+    return AttackResult(**{**vars(result), "y_source": own})
+
+
+def by_questions(
+    case: Case, defence: Any, source: np.ndarray, own: np.ndarray, wanted: np.ndarray
+) -> AttackResult:
+    """From images that are accepted as the target towards the sources, by answers alone."""
+    answered = defence.predict(case.x_test, verbose=0) - 1
+    start = [np.flatnonzero((case.y_test == label) & (answered == label)) for label in wanted]
+    first = [rows[0] if len(rows) else np.flatnonzero(answered >= 0)[0] for rows in start]
+    attack = GeneralAttack(defence, "hop-skip-jump", steps=10)
+    return attack(source, own, wanted, x_start=case.x_test[first], verbose=0)
+
+
+def measure(case: Case, defence: Any, attack: Attack) -> dict[str, Any]:
+    """Attack, and see what the Student and the defence say."""
+    result = attack.make()
+    details = defence.explain(result.adversarial, verbose=0)
+    if result.y_source is None:  # made from nothing: whatever the Student is sure of
+        outputs = case.student.predict(case.prepared(result.adversarial), verbose=0)
+        shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        reached = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1) >= 0.95
+    else:
+        reached = result.reached(details["student_class"])
+    votes = details["disagreements"] < defence.reject_threshold
+    hits = {
+        "undefended": reached,
+        "votes": reached & votes,
+        "calibrated": reached & details["accepted"],
+    }
+    if result.members is not None and result.y_target is not None:
+        found = [
+            np.asarray(
+                defence.white_box(
+                    result.adversarial[s : s + 32].astype(np.float32),
+                    result.members[s : s + 32],
+                    result.y_target[s : s + 32],
+                )["score"]
+            )
+            for s in range(0, len(reached), 32)
+        ]
+        hits["if drawn"] = reached & (np.concatenate(found) >= defence.calibration.threshold)
+    row: dict[str, Any] = {"student": case.name, "knows": attack.knows, "attack": attack.name}
+    for name, hit in hits.items():
+        row |= {name: int(hit.sum()), "n": len(hit)}
+    measure = np.asarray(result.dssim) if result.dssim is not None else np.array([np.nan])
+    return {
+        **row,
+        "dssim": float(np.nanmedian(measure)),
+        "seconds": result.seconds / len(reached),
+        "gradients": float(result.gradients),
+    }
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table for readers."""
+    lines = [
+        "| Student | attacker has | attack | undefended | defended, votes | defended, calibrated | "
+        "if the attacked members were drawn | DSSIM, median | s for an input |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table.to_dict("records"):
+        rates = [
+            percent(np.arange(int(row["n"])) < row[name]) if row[name] == row[name] else ""
+            for name in ("undefended", "votes", "calibrated", "if drawn")
+        ]
+        cells = [row["student"], row["knows"], row["attack"], *rates]
+        likeness = f"{row['dssim']:.4f}" if row["dssim"] == row["dssim"] else ""
+        lines.append("| " + " | ".join([*cells, likeness, f"{row['seconds']:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is not in the cache yet, and write the table."""
+    given = parser(__doc__, STUDENTS, attacks=200)
+    given.add_argument("--only", default="", help="measure attacks whose name contains this")
+    given.add_argument("--steps", type=int, default=300, help="of attacks on the defence")
+    arguments = given.parse_args()
+    cache, rows = arguments.cache, []
+    for name in arguments.students:
+        case = load_case(name, arguments.data, cache)
+        defence = load_defence(case, cache)
+        clean = evaluate_defence(defence, case.x_test, case.y_test, verbose=0)
+        print(f"{name}\n{clean.to_markdown()}", flush=True)
+        for attack in attacks(case, defence, cache, arguments.attacks, arguments.steps):
+            kept = f"attack-{name}-{arguments.attacks}-{arguments.steps}-{attack.name}.json"
+            path = cache / kept.replace(" ", "_")
+            if not path.exists() and arguments.only in attack.name:
+                start = time.perf_counter()
+                row = measure(case, defence, attack)
+                path.write_text(json.dumps(row), encoding="utf-8")
+                print(f"{row} in {time.perf_counter() - start:.0f} s", flush=True)
+            if path.exists():
+                rows.append(json.loads(path.read_text(encoding="utf-8")))
+    table = pd.DataFrame(
+        rows, columns=[*rows[0], "if drawn"] if "if drawn" not in rows[0] else None
+    )
+    table.to_csv(cache / "attacks.csv", index=False)
+    (cache / "attacks.md").write_text(markdown(table), encoding="utf-8")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    assert set(STUDENTS) <= set(CASES)
+    main()

@@ -1,0 +1,246 @@
+"""General attacks, which know nothing of transfer learning, from adversarial-robustness-toolbox."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._validation import check_choice, check_integer
+from keras_tl_defense.attacks.art import is_defence, make_estimator
+from keras_tl_defense.attacks.base import AttackResult
+from keras_tl_defense.attacks.dssim import dssim
+from keras_tl_defense.attacks.limits import Limit, Norm
+from keras_tl_defense.attacks.targets import check_apart
+from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+
+Method = Literal["fgsm", "pgd", "eot-pgd", "deepfool", "carlini-wagner", "hop-skip-jump"]
+_NORMS: dict[str, Norm] = {
+    "fgsm": "linf",
+    "pgd": "linf",
+    "eot-pgd": "linf",
+    "deepfool": "l2",
+    "carlini-wagner": "l2",
+    "hop-skip-jump": "l2",
+}
+_STEPS = {
+    "fgsm": 1,
+    "pgd": 40,
+    "eot-pgd": 40,
+    "deepfool": 50,
+    "carlini-wagner": 100,
+    "hop-skip-jump": 20,
+}
+_NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
+_OVERSHOOT, _LEAD = 0.02, 1.0  # of DeepFool and of Carlini and Wagner: rounding shall undo nothing
+
+
+class GeneralAttack:
+    """A general attack on a Student, on its Teacher or on a defence, by any of several methods.
+
+    `"fgsm"`, one step along the gradient's sign; `"pgd"`, projected gradient descent, and
+    `"eot-pgd"`, which attacks the mean output under eight draws of Gaussian noise of up to 8 grey
+    levels: all within the budget, a largest change. `"deepfool"` and `"carlini-wagner"` look for
+    the smallest Euclidean change that works, `"hop-skip-jump"` does so by questions alone, without
+    a gradient; where it is above the budget they have failed. On a Teacher, inputs are crafted away
+    from the classes that the Teacher itself gives; whether the Student is fooled, too, is then to
+    be seen.
+
+    Args:
+        classifier: A Keras model of images that returns logits, or a fitted
+            `DifferentiatorEnsemble` with `mode="validate"`, on which attacks are targeted.
+        method: One of the above.
+        budget: Largest change, or Euclidean change over all numbers of an image, in grey levels.
+            Defaults to 8 or 500.
+        steps: Steps of the method, each of one or more passes. Defaults to 1 for `"fgsm"`, 40 for
+            `"pgd"` and `"eot-pgd"`, 50 for `"deepfool"`, 100 for `"carlini-wagner"` and 20 for
+            `"hop-skip-jump"`.
+        batch_size: Images that are crafted at once. Defaults to `64`.
+        preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
+            own.
+        seed: Decides random starts and noise; of NumPy's and TensorFlow's own generators, too.
+
+    Raises:
+        ImportError: adversarial-robustness-toolbox is not installed.
+        ValueError: An argument is out of range, or all pairs of a defence vote.
+
+    Example:
+        >>> attack = GeneralAttack(student, "pgd", budget=16)
+        >>> result = attack(x_source, y_source)
+        >>> result.adversarial.shape, bool(result.within_budget.all())
+        ((4, 32, 32, 3), True)
+
+    Reference:
+        Goodfellow et al. (fgsm), ICLR 2015; Madry et al. (pgd), ICLR 2018; Athalye et al. (eot-pgd)
+        and Moosavi-Dezfooli et al. (deepfool), ICML 2018 and CVPR 2016; Carlini and Wagner, S&P
+        2017; Chen et al. (hop-skip-jump), S&P 2020.
+    """
+
+    def __init__(
+        self,
+        classifier: Any,
+        method: Method,
+        *,
+        budget: float | None = None,
+        steps: int | None = None,
+        batch_size: int = 64,
+        preprocessing: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.method = check_choice("method", method, tuple(_NORMS))
+        self._limit = Limit(_NORMS[method], budget)
+        self.budget, self.norm = self._limit.budget, self._limit.norm
+        self.steps = check_integer("steps", _STEPS[method] if steps is None else steps, 1)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.seed = seed
+        around = _expected if method == "eot-pgd" else None
+        # its trade-off between change and success is set for images in 0..1
+        self._highest = 1.0 if method == "carlini-wagner" else 255.0
+        self._estimator = make_estimator(classifier, preprocessing, around, self._highest)
+        self._defended = int(is_defence(classifier))
+
+    def __call__(
+        self,
+        x_source: Any,
+        y_source: Any = None,
+        y_target: Any = None,
+        *,
+        x_start: Any = None,
+        verbose: int | str = "auto",
+    ) -> AttackResult:
+        """Craft images that look like `x_source` and are taken for `y_target`, or anything else.
+
+        Args:
+            x_source: Images of shape `(n, H, W, C)` in 0..255.
+            y_source: The Student's classes of the sources in `0..K-1`, shape `(n,)`. They go into
+                the result; which class an attack without target leaves is for the classifier to
+                say.
+            y_target: Classes of the targets; `None` attacks without target.
+            x_start: For `"hop-skip-jump"` with targets: images that the classifier takes for them,
+                of the same shape.
+            verbose: 0 shows no progress bar.
+
+        Returns:
+            The crafted images, rounded to whole grey levels; `gradients` is NaN where the method
+            decides how many it takes.
+
+        Raises:
+            ValueError: The images or classes do not fit the classifier, a target is of its source's
+                class, a defence is attacked without targets, or images to start from are missing.
+        """
+        started = time.perf_counter()
+        shape = self._estimator.input_shape
+        source = check_pixels(
+            check_finite(check_images(x_source, shape, "x_source"), name="x_source"), "x_source"
+        )
+        own, wanted = (
+            None if labels is None else check_labels(labels, self._classes, len(source), name)
+            for name, labels in (("y_source", y_source), ("y_target", y_target))
+        )
+        if wanted is None and self._defended:
+            raise ValueError(
+                "A defence gives the rejected a class of their own, so away from the right class "
+                "is no success. Pass `y_target`. Received: y_target=None"
+            )
+        if own is not None and wanted is not None:
+            check_apart(own, wanted)
+        given: dict[str, Any] = {}
+        if wanted is not None:
+            given["y"] = np.eye(self._estimator.nb_classes, dtype=np.float32)[
+                wanted + self._defended
+            ]
+        if self.method == "hop-skip-jump" and wanted is not None:
+            if x_start is None:
+                raise ValueError(
+                    "Without a gradient, no image of the target class is found but by chance. Pass "
+                    "some that the classifier takes for it, as `x_start`. Received: x_start=None"
+                )
+            given["x_adv_init"] = check_images(x_start, shape, "x_start").astype(np.float32)
+        np.random.seed(self.seed)
+        tf.random.set_seed(self.seed)
+        attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
+        scaled = source.astype(np.float32) * (self._highest / 255)
+        raw = np.asarray(attack.generate(scaled, **given) * (255 / self._highest), np.float32)
+        images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
+        measured = [self._measure(images, source, part) for part in self._parts(len(source))]
+        likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
+        passes = {"fgsm": 1, "pgd": self.steps, "eot-pgd": self.steps * _SAMPLES}
+        return AttackResult(
+            adversarial=images,
+            within_budget=measure <= self.budget,
+            source=source,
+            y_source=own,
+            y_target=wanted,
+            raw=raw,
+            dssim=likeness,
+            gradients=passes.get(self.method, np.nan),
+            seconds=time.perf_counter() - started,
+        )
+
+    @property
+    def _classes(self) -> int:
+        return int(self._estimator.nb_classes) - self._defended
+
+    def _make(self, targeted: bool, verbose: bool) -> Any:
+        """The attack of adversarial-robustness-toolbox, which takes options apart for each."""
+        from art.attacks import evasion
+
+        if self.method == "fgsm":
+            return evasion.FastGradientMethod(
+                self._estimator, eps=self.budget, targeted=targeted, batch_size=self.batch_size
+            )
+        common = {"batch_size": self.batch_size, "verbose": verbose}
+        if self.method in ("pgd", "eot-pgd"):
+            return evasion.ProjectedGradientDescent(
+                self._estimator,
+                eps=self.budget,
+                eps_step=2.5 * self.budget / self.steps,
+                max_iter=self.steps,
+                num_random_init=1,
+                targeted=targeted,
+                **common,
+            )
+        if self.method == "deepfool":
+            if targeted:
+                raise ValueError(
+                    "DeepFool looks for the nearest other class and takes no target. Leave "
+                    "`y_target` out. Received: method='deepfool' with y_target"
+                )
+            return evasion.DeepFool(
+                self._estimator, max_iter=self.steps, epsilon=_OVERSHOOT, **common
+            )
+        if self.method == "carlini-wagner":
+            return evasion.CarliniL2Method(
+                self._estimator,
+                confidence=_LEAD,
+                max_iter=self.steps,
+                learning_rate=0.05,
+                binary_search_steps=5,
+                targeted=targeted,
+                **common,
+            )
+        return evasion.HopSkipJump(
+            self._estimator, max_iter=self.steps, targeted=targeted, init_eval=50, **common
+        )
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(s, s + self.batch_size) for s in range(0, count, self.batch_size)]
+
+    def _measure(
+        self, images: np.ndarray, source: np.ndarray, part: slice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        crafted, original = (tf.constant(x[part], tf.float32) for x in (images, source))
+        return dssim(crafted, original).numpy(), self._limit.measure(crafted, original).numpy()
+
+
+def _expected(images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The mean of outputs under noise."""
+    shape = (_SAMPLES, tf.shape(images)[0], 1, 1, 1)
+    size = tf.random.uniform(shape, 0, _NOISE)
+    noise = size * tf.random.normal(tf.concat([[_SAMPLES], tf.shape(images)], axis=0))
+    noisy = tf.reshape(tf.clip_by_value(images + noise, 0, 255), (-1, *images.shape[1:]))
+    found = outputs(noisy)
+    return tf.reduce_mean(tf.reshape(found, (_SAMPLES, -1, found.shape[1])), axis=0)

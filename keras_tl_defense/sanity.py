@@ -1,0 +1,256 @@
+"""Sanity checks: each attack must do to an unguarded model what it says, and more with more."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks import (
+    AdaptiveAttack,
+    AttackResult,
+    GeneralAttack,
+    MaskedMimicryAttack,
+    MimicryAttack,
+    TargetAgnosticAttack,
+    fingerprint_teacher,
+    plan_attacks,
+)
+from keras_tl_defense.attacks.general import Method
+from keras_tl_defense.attacks.limits import Norm
+from keras_tl_defense.datasets import synthetic
+from keras_tl_defense.demo import train_synthetic_teacher, writable_folder
+from keras_tl_defense.ensemble.model import DifferentiatorEnsemble
+from keras_tl_defense.metrics import Rate
+from keras_tl_defense.teachers import build_teacher, make_student
+
+_CUT, _NEARLY_ALL = "flatten", 0.9
+
+
+class Sanity:
+    """One run of all checks, on drawn images.
+
+    Args:
+        out: Folder for `sanity.csv` and `sanity.md`, or `None`.
+        seed: Decides drawing, training and attacks.
+        images: How many each attack is made of.
+
+    Attributes:
+        rows: What was measured: attack, against what, setting, effect, and its rate.
+        checks: What must hold of the rows: a sentence, and whether it does.
+    """
+
+    def __init__(self, out: Path | None = None, seed: int = 0, images: int = 60) -> None:
+        self.out, self.seed, self.images = out, seed, images
+        self.rows: list[tuple[str, str, str, str, Rate]] = []
+        self.checks: list[tuple[str, bool]] = []
+
+    def run(self) -> bool:
+        """Make the models, attack them, print the tables.
+
+        Returns:
+            Whether all checks hold.
+        """
+        if self.out is not None:
+            writable_folder(self.out)
+        self._prepare()
+        parts: list[Callable[[], None]] = [
+            self._mimicry,
+            self._fingerprint,
+            self._target_agnostic,
+            self._adaptive,
+        ]
+        if importlib.util.find_spec("art"):
+            parts.insert(0, self._general)
+        for part in parts:
+            print(f"\n== {part.__name__.strip('_').replace('_', '-')}", flush=True)
+            part()
+        text = self.to_markdown()
+        print(f"\n{text}")
+        if self.out is not None:
+            self.table.to_csv(self.out / "sanity.csv", index=False)
+            (self.out / "sanity.md").write_text(text, encoding="utf-8")
+        if not importlib.util.find_spec("art"):
+            print("Without general attacks: pip install adversarial-robustness-toolbox")
+        return all(holds for _, holds in self.checks)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows, with counts and Wilson intervals."""
+        return pd.DataFrame(
+            [
+                (attack, on, setting, effect, rate.count, rate.n, rate.rate, rate.low, rate.high)
+                for attack, on, setting, effect, rate in self.rows
+            ],
+            columns=["attack", "on", "setting", "effect", "count", "n", "rate", "low", "high"],
+        )
+
+    def to_markdown(self) -> str:
+        """The rows and the checks."""
+        lines = [
+            "| attack | on | setting | effect | count | 95 % interval |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {attack} | {on} | {setting} | {effect} | {rate.count}/{rate.n} | "
+            f"{rate.low:.0%} to {rate.high:.0%} |"
+            for attack, on, setting, effect, rate in self.rows
+        ]
+        lines += ["", "| check | holds |", "|---|---|"]
+        lines += [f"| {claim} | {'yes' if holds else 'NO'} |" for claim, holds in self.checks]
+        return "\n".join(lines) + "\n"
+
+    def _prepare(self) -> None:
+        keras.utils.set_random_seed(self.seed)
+        self.teacher = train_synthetic_teacher(self.seed)
+        signs = synthetic.load_signs(train_per_class=100, test_per_class=40, seed=self.seed)
+        self.train, self.held_out = signs.hold_out()
+        self.student = make_student(
+            self.teacher, _CUT, self.train.x_train, self.train.y_train, signs.classes
+        )
+        self.x, self.y, self.classes = signs.x_test, signs.y_test, signs.classes
+        answered = self._answers(self.x)
+        self._row("none", "Student", "test images", "answered rightly", answered == self.y)
+        self.plan = plan_attacks(self.y, answered, self.images, seed=self.seed)
+
+    def _answers(self, x: np.ndarray) -> np.ndarray:
+        return np.asarray(self.student.predict(x.astype(np.float32), verbose=0).argmax(axis=1))
+
+    def _row(self, attack: str, on: str, setting: str, effect: str, hits: np.ndarray) -> float:
+        rate = Rate.of(np.asarray(hits, bool))
+        self.rows.append((attack, on, setting, effect, rate))
+        return rate.rate
+
+    def _check(self, claim: str, holds: Any) -> None:
+        self.checks.append((claim, bool(holds)))
+
+    def _misled(self, attack: str, setting: str, result: AttackResult) -> float:
+        """Share that the Student takes for another class than the source's."""
+        other = self._answers(result.adversarial) != self.y[self.plan.sources]
+        return self._row(attack, "Student", setting, "misled", result.within_budget & other)
+
+    @property
+    def _targets(self) -> tuple[np.ndarray, ...]:
+        chosen = (self.plan.sources, self.plan.targets)
+        return *(self.x[rows] for rows in chosen), *(self.y[rows] for rows in chosen)
+
+    def _general(self) -> None:
+        x, y = self.x[self.plan.sources], self.y[self.plan.sources]
+        rates: dict[tuple[str, int], float] = {}
+        settings: tuple[tuple[Method, int], ...] = (
+            ("fgsm", 8), ("pgd", 1), ("pgd", 8), ("pgd", 64), ("eot-pgd", 8),
+            ("deepfool", 10_000), ("carlini-wagner", 10_000),
+        )  # fmt: skip
+        for method, budget in settings:
+            result = GeneralAttack(self.student, method, budget=budget, seed=self.seed)(x, y)
+            norm = "largest" if budget < 255 else "Euclidean"
+            rates[method, budget] = self._misled(method, f"{norm} change {budget}", result)
+        self._check("PGD misleads at least as often as FGSM", rates["pgd", 8] >= rates["fgsm", 8])
+        self._rises("PGD", [rates["pgd", budget] for budget in (1, 8, 64)])
+        for name in ("deepfool", "carlini-wagner"):
+            self._check(f"{name}: misleads nearly all", rates[name, 10_000] >= _NEARLY_ALL)
+
+    def _rises(self, name: str, rates: list[float]) -> None:
+        self._check(f"{name}: success rises with the budget", sorted(rates) == rates)
+        self._check(f"{name}: the largest budget misleads nearly all", rates[-1] >= _NEARLY_ALL)
+
+    def _mimicry(self) -> None:
+        settings: tuple[tuple[Norm, tuple[float, ...]], ...] = (
+            ("dssim", (0.001, 0.01, 1.0)),
+            ("linf", (2, 8, 255)),
+        )
+        for norm, budgets in settings:
+            rates = []
+            for budget in budgets:
+                attack = MimicryAttack(self.teacher, _CUT, norm=norm, budget=budget, steps=400)
+                setting = f"{norm} {budget:g}, 400 steps"
+                rates.append(self._misled("mimicry", setting, attack(*self._targets)))
+            self._rises(f"mimicry, {norm}", rates)
+        apart = []
+        for steps in (20, 400):
+            result = MimicryAttack(self.teacher, _CUT, budget=1.0, steps=steps)(*self._targets)
+            apart.append(np.mean(np.asarray(result.distance)))
+        self._check("mimicry: more steps come nearer", apart[1] < apart[0])
+
+    def _fingerprint(self) -> None:
+        keras.utils.set_random_seed(self.seed + 1)
+        candidates = {"another": build_teacher(self.x.shape[1:], 10), "own": self.teacher}
+        table = fingerprint_teacher(
+            lambda x: tf.nn.softmax(self.student.predict(x.astype(np.float32), verbose=0)).numpy(),
+            candidates,
+            layers=dict.fromkeys(candidates, _CUT),
+            seed=self.seed,
+        )
+        self._check("fingerprint: the Student's Teacher comes first", table["teacher"][0] == "own")
+
+    def _target_agnostic(self) -> None:
+        attack = TargetAgnosticAttack(self.teacher, _CUT, seed=self.seed)
+        rng = np.random.default_rng(self.seed)
+        units = rng.choice(self._width, self.images, replace=False).tolist()
+        noise = rng.integers(0, 256, (self.images, *self.x.shape[1:]))
+        start = self.x[self.plan.sources]
+        bounded = TargetAgnosticAttack(self.teacher, _CUT, budget=8, seed=self.seed)
+        rates = []
+        for setting, x in (
+            ("random images", noise),
+            ("changes of 8", bounded(units, start).adversarial),
+            ("free", attack(units).adversarial),
+        ):
+            outputs = self.student.predict(x.astype(np.float32), verbose=0)
+            sure = tf.nn.softmax(outputs).numpy().max(axis=1) >= 0.99
+            rates.append(self._row("target-agnostic", "Student", setting, "99 % sure", sure))
+        self._check("target-agnostic: surer than of random images", rates[2] > rates[0])
+
+    @property
+    def _width(self) -> int:
+        return int(np.prod(self.teacher.get_layer(_CUT).output.shape[1:]))
+
+    def _adaptive(self) -> None:
+        defence = DifferentiatorEnsemble(self.student, 0.7, seed=self.seed)
+        defence.adapt(self.train.x_train, self.train.y_train)
+        defence.fit(self.train.x_train, self.train.y_train)
+        defence.calibrate(self.held_out.x_train, self.held_out.y_train)
+        assert defence.calibration is not None
+        least = defence.calibration.threshold
+        source, target, own, wanted = self._targets
+        rates: dict[str, float] = {}
+
+        def defended(name: str, setting: str, result: AttackResult) -> None:
+            answers = defence.predict(result.adversarial, verbose=0) - 1
+            reached = result.reached(answers)
+            rates[name] = self._row(name, "defence", setting, "accepted as the target", reached)
+            if result.members is not None:
+                found = defence.white_box(result.adversarial, result.members, wanted)
+                taken = np.asarray(found["score"]) >= least
+                hits = taken & result.reached(self._answers(result.adversarial))
+                rates[name + " drawn"] = self._row(
+                    name, "defence, these members drawn", setting, "accepted as the target", hits
+                )
+
+        setting = "dssim 0.05, 200 steps"
+        options: dict[str, Any] = {"budget": 0.05, "steps": 200}
+        given = (source, target, own, wanted)
+        defended("mimicry", setting, MimicryAttack(self.teacher, _CUT, **options)(*given))
+        masked = MaskedMimicryAttack(self.teacher, _CUT, defence, **options)
+        defended("masks known", setting, masked(*given))
+        for members in ("fixed", "all", "sampled"):
+            attack = AdaptiveAttack(defence, members=members, **options)
+            defended(f"all known, {members}", setting, attack(source, own, wanted))
+        free = AdaptiveAttack(defence, budget=1.0, steps=200)
+        defended("all known, no limit", "no limit, 200 steps", free(source, own, wanted))
+        for name in ("masks known", "all known, sampled"):
+            self._check(f"{name}: no weaker than mimicry", rates[name] >= rates["mimicry"])
+        self._check(
+            "all known, fixed: at least as often where these members are drawn",
+            rates["all known, fixed drawn"] >= rates["all known, fixed"],
+        )
+        self._check(
+            "all known: breaks the defence without a limit",
+            rates["all known, no limit"] >= _NEARLY_ALL,
+        )

@@ -1,0 +1,133 @@
+"""General attacks, by adversarial-robustness-toolbox, with our inputs and results."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, Images, fitted
+
+import keras_tl_defense as ktd
+from keras_tl_defense.attacks import GeneralAttack
+
+
+@pytest.fixture(scope="module")
+def calibrated(student: Any, images: Images) -> Any:
+    defence = fitted(student, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    return defence
+
+
+def right(student: Any, images: Images, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Images that the Student answers rightly."""
+    answered = student.predict(images.x_test.astype(np.float32), verbose=0).argmax(axis=1)
+    chosen = np.flatnonzero(answered == images.y_test)[:: 60 // count][:count]
+    return images.x_test[chosen], images.y_test[chosen]
+
+
+def misled(student: Any, result: Any) -> float:
+    """Share within budget that the Student takes for another class, or for the target."""
+    answered = student.predict(result.adversarial.astype(np.float32), verbose=0).argmax(axis=1)
+    return float(result.reached(answered).mean())
+
+
+def test_iterative_beats_one_step_and_budgets_matter(student: Any, images: Images) -> None:
+    x, y = right(student, images)
+    rates = {
+        (method, budget): misled(student, GeneralAttack(student, method, budget=budget)(x, y))
+        for method, budget in (("fgsm", 16), ("pgd", 2), ("pgd", 16), ("pgd", 100))
+    }
+    assert rates["fgsm", 16] <= rates["pgd", 16], rates
+    assert rates["pgd", 2] < rates["pgd", 100], rates
+    assert rates["pgd", 100] >= 0.95, rates
+
+
+@pytest.mark.parametrize("method", ["fgsm", "pgd", "eot-pgd", "deepfool", "carlini-wagner"])
+def test_results_are_measured_on_whole_pixels(method: Any, student: Any, images: Images) -> None:
+    x, y = right(student, images)
+    steps = None if method == "fgsm" else 20
+    attack = GeneralAttack(student, method, steps=steps, batch_size=8)
+    result = attack(x, y, verbose=0)
+    assert result.adversarial.dtype == np.uint8
+    change = (result.adversarial.astype(float) - x).reshape(len(x), -1)
+    norm = np.inf if attack.norm == "linf" else 2
+    np.testing.assert_array_equal(
+        result.within_budget, np.linalg.norm(change, ord=norm, axis=1) <= attack.budget * (1 + 1e-6)
+    )
+    assert (result.dssim > 0).any()
+    assert result.seconds > 0
+    np.testing.assert_array_equal(
+        attack(x, y, verbose=0).adversarial, result.adversarial
+    )  # the seed decides
+
+
+def test_the_smallest_changes_are_found_by_gradients_and_by_questions(
+    student: Any, images: Images
+) -> None:
+    x, y = right(student, images, 6)
+    sizes = {}
+    for method, steps in (("deepfool", 50), ("carlini-wagner", 50), ("hop-skip-jump", 15)):
+        attack = GeneralAttack(student, method, budget=5000, steps=steps)
+        result = attack(x, y, verbose=0)
+        assert misled(student, result) >= 0.8, method
+        sizes[method] = np.linalg.norm(
+            (result.adversarial.astype(float) - x).reshape(len(x), -1), axis=1
+        ).mean()
+    assert sizes["carlini-wagner"] < 1.2 * sizes["deepfool"]
+    assert sizes["carlini-wagner"] < sizes["hop-skip-jump"] < 2000, sizes
+
+
+def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) -> None:
+    """By gradients through it and by questions alone, towards a class."""
+    student = calibrated.student
+    x, y = right(student, images, 6)
+    wanted = (y + 2) % CLASSES
+    answered = calibrated.predict(images.x_test, verbose=0) - 1
+    start = np.stack([images.x_test[answered == label][0] for label in wanted])
+    for method, options in (
+        ("pgd", {"budget": 200}),
+        ("hop-skip-jump", {"budget": 5000, "steps": 5}),
+    ):
+        attack = GeneralAttack(calibrated, method, **options)
+        given = {"x_start": start} if method == "hop-skip-jump" else {}
+        result = attack(x, y, wanted, verbose=0, **given)
+        answers = calibrated.predict(result.adversarial, verbose=0) - 1
+        assert result.reached(answers).mean() >= 0.8, method
+
+
+def test_on_a_teacher_its_own_classes_are_left(student: Any, images: Images) -> None:
+    base = student.get_layer("base")
+    x, y = right(student, images)
+    result = GeneralAttack(base, "pgd", budget=64)(x, y, verbose=0)
+    given, taken = (
+        base.predict(x.astype(np.float32), verbose=0).argmax(axis=1)
+        for x in (result.source, result.adversarial)
+    )
+    assert (given != taken).mean() > 0.8
+    np.testing.assert_array_equal(result.y_source, y)
+
+
+def test_bad_arguments(
+    student: Any, calibrated: Any, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = right(student, images, 2)
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        GeneralAttack(student, "bim")
+    with pytest.raises(ValueError, match="`budget` must be"):
+        GeneralAttack(student, "pgd", budget=-1)
+    with pytest.raises(ValueError, match="Pass `y_target`"):
+        GeneralAttack(calibrated, "pgd")(x, y)
+    with pytest.raises(ValueError, match="takes no target"):
+        GeneralAttack(student, "deepfool")(x, y, (y + 1) % CLASSES)
+    with pytest.raises(ValueError, match="`x_start`"):
+        GeneralAttack(student, "hop-skip-jump")(x, y, (y + 1) % CLASSES)
+    with pytest.raises(ValueError, match="another class than its source"):
+        GeneralAttack(student, "pgd")(x, y, y)
+    votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")
+    with pytest.raises(ValueError, match="have no gradient"):
+        GeneralAttack(votes, "pgd")
+    monkeypatch.setitem(sys.modules, "art.estimators.classification", None)
+    with pytest.raises(ImportError, match="pip install adversarial-robustness-toolbox"):
+        GeneralAttack(student, "eot-pgd")
