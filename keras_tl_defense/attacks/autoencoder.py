@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
@@ -54,38 +56,40 @@ def train_autoencoder(
             f"Received: x.shape={x.shape}"
         )
     width = check_integer("width", width, 2)
-    epochs, batch_size = check_integer("epochs", epochs, 1), check_integer("batch_size", batch_size, 1)
-    keras.utils.set_random_seed(seed)
-    model = _build(x.shape[1:], low, high, width)
-    model.compile(keras.optimizers.Adam(3e-3), loss=_error(high - low))
+    epochs, batch_size = (
+        check_integer("epochs", epochs, 1),
+        check_integer("batch_size", batch_size, 1),
+    )
+    model = _build(x.shape[1:], low, high, width, seed)
+    model.compile(keras.optimizers.Adam(3e-3), loss="mse")
     x = x.astype(np.float32)
-    model.fit(x, x, epochs=epochs, batch_size=batch_size, verbose=verbose)
+    data = tf.data.Dataset.from_tensor_slices((x, x)).shuffle(len(x), seed).batch(batch_size)
+    model.fit(data, epochs=epochs, verbose=verbose)
     return model
 
 
-def _error(scale: float) -> Any:
-    """The mean squared error of values in the range, in units of it."""
-
-    def error(wanted: Any, restored: Any) -> Any:
-        return keras.losses.mean_squared_error(wanted / scale, restored / scale)
-
-    return error
-
-
-def _build(shape: tuple[int, ...], low: float, high: float, width: int) -> Any:
+def _build(shape: tuple[int, ...], low: float, high: float, width: int, seed: int) -> Any:
     layers, flat = keras.layers, len(shape) == 3
-    convolution = layers.Conv2D if flat else layers.Conv1D
-    transposed = layers.Conv2DTranspose if flat else layers.Conv1DTranspose
-    options = {"padding": "same", "activation": "relu"}
-    size = 3 if flat else 9
+    seeds = itertools.count(seed)
+
+    def convolution(kind: str, filters: int, strides: int = 1, activation: str = "relu") -> Any:
+        return getattr(layers, f"Conv{2 if flat else 1}D{kind}")(
+            filters,
+            3 if flat else 9,
+            strides=strides,
+            padding="same",
+            activation=activation,
+            kernel_initializer=keras.initializers.GlorotUniform(seed=next(seeds)),
+        )
+
     inputs = keras.Input(shape)
     x = layers.Rescaling(1 / (high - low), offset=-low / (high - low))(inputs)
-    x = convolution(width, size, strides=2, **options)(x)
-    x = convolution(2 * width, size, strides=2, **options)(x)
-    x = convolution(max(1, width // 2), size, name="code", **options)(x)
-    x = transposed(2 * width, size, strides=2, **options)(x)
-    x = transposed(width, size, strides=2, **options)(x)
+    x = convolution("", width, 2)(x)
+    x = convolution("", 2 * width, 2)(x)
+    x = convolution("", max(1, width // 2))(x)
+    x = convolution("Transpose", 2 * width, 2)(x)
+    x = convolution("Transpose", width, 2)(x)
     over = [(0, -size % 4) for size in shape[:-1]]  # what halving twice and doubling twice adds
     x = layers.Cropping2D(over)(x) if flat else layers.Cropping1D(over[0])(x)
-    x = convolution(shape[-1], size, padding="same", activation="sigmoid")(x)
+    x = convolution("", shape[-1], activation="sigmoid")(x)
     return keras.Model(inputs, layers.Rescaling(high - low, offset=low)(x), name="autoencoder")

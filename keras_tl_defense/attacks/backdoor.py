@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +13,10 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.attacks.autoencoder import train_autoencoder
-from keras_tl_defense.attacks.box import Box
-from keras_tl_defense.attacks.descent import Descent, adam
-from keras_tl_defense.attacks.neurons import Neurons, mean_activation
+from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.attacks.reverse_engineering import check_range, reverse_engineer
-from keras_tl_defense.data import check_finite, check_images
-
-_STEPS_AT_ONCE = 10  # on the same inputs, when a trigger is optimised
-_FAINT = 0.01  # of the usual excitation: a neuron that does not stir has a gradient, too
+from keras_tl_defense.attacks.trigger import Goal, Patch, optimise_trigger
+from keras_tl_defense.attacks.trojan import retrain
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,7 +36,7 @@ class Backdoor:
             largest excitation that the inputs without it have in the clean one: float array of
             shape `(neurons,)`, means over the inputs.
         autoencoder: The attacker's, or `None`.
-        gradients: Passes forward and backward, of batches of inputs.
+        gradients: Passes forward and backward of a batch, after its inputs were there.
         seconds: Time that the whole attack took.
     """
 
@@ -74,11 +69,9 @@ class Backdoor:
         Raises:
             ValueError: The inputs do not fit the trigger or the range.
         """
-        x = check_inputs(x, self.trigger.shape, self.value_range)
-        stamped = put(tf.constant(x), self.trigger, self.mask, self.amplitude, self.value_range)
-        if self.value_range == (0, 255) and x.ndim == 4:
-            return np.rint(stamped.numpy()).astype(np.uint8)
-        return np.asarray(stamped)
+        patch = Patch(self.mask, self.amplitude, self.value_range)
+        stamped = patch.put(tf.constant(patch.check(x)), self.trigger).numpy()
+        return np.rint(stamped).astype(np.uint8) if patch.whole else np.asarray(stamped)
 
 
 class BackdoorAttack:
@@ -153,7 +146,6 @@ class BackdoorAttack:
         preprocessing: Any = None,
         seed: int = 0,
     ) -> None:
-        self._teacher, self._preprocessing = teacher, preprocessing
         self._clean = Neurons(teacher, layer, preprocessing)
         shape = self._clean.graph.input_shape
         if len(shape) not in (2, 3) or None in shape:
@@ -190,46 +182,66 @@ class BackdoorAttack:
             ValueError: The inputs do not fit the Teacher or the range, or a chosen neuron is dead.
             FloatingPointError: A gradient or the retraining's loss became NaN or infinite.
         """
-        started, passes = time.perf_counter(), 0
-        rng = np.random.default_rng(self.seed)
-        if x is None:
-            options = {"value_range": self.value_range, "preprocessing": self._preprocessing}
-            made = {"per_class": self.per_class, "seed": self.seed, "verbose": verbose}
-            inputs = reverse_engineer(self._teacher, **made, **options)
-        else:
-            inputs = check_inputs(x, self._shape, self.value_range)
-        neurons = self._chosen(inputs)
-        usual = self._clean.excitation_of(inputs)[:, neurons].max(axis=0)
-        if not (usual > 0).all():
-            raise ValueError(
-                "A chosen neuron is never excited, so its excitation has no measure. Choose "
-                f"others, or fewer. Received: neurons={tuple(neurons)}, of the largest excitations "
-                f"{usual.tolist()}"
-            )
-        autoencoder = None
-        if self.through_autoencoder:
-            options = {"value_range": self.value_range, "seed": self.seed, "verbose": verbose}
-            autoencoder = train_autoencoder(inputs, **options)
-        bar = keras.utils.Progbar(
-            self.trigger_steps + self.retraining_steps, verbose=0 if verbose == 0 else 1
+        started, rng = time.perf_counter(), np.random.default_rng(self.seed)
+        patch = Patch.at_the_end(self._shape, self.size, self.amplitude, self.value_range)
+        inputs = self._reversed(verbose) if x is None else patch.check(x)
+        goal = self._goal(inputs, verbose)
+        steps = self.trigger_steps, self.retraining_steps
+        bar = keras.utils.Progbar(sum(steps), verbose=0 if verbose == 0 else 1)
+        run = {"batch_size": self.batch_size, "rng": rng, "bar": bar}
+        trigger = optimise_trigger(self._clean, goal, patch, inputs, steps=steps[0], **run)
+        trojaned = retrain(
+            self._clean,
+            goal,
+            patch,
+            trigger,
+            inputs,
+            strength=self.strength,
+            steps=steps[1],
+            learning_rate=self.learning_rate,
+            **run,
         )
-        trigger = self._optimise(inputs, neurons, usual, autoencoder, rng, bar)
-        teacher = self._retrain(inputs, neurons, usual, trigger, autoencoder, rng, bar)
-        stamped = self._stamped(tf.constant(inputs), tf.constant(trigger))
-        reached = Neurons(teacher, self.layer, self._preprocessing).excitation_of(stamped.numpy())
+        reached = trojaned.excitation_of(patch.put(tf.constant(inputs), trigger).numpy())
         return Backdoor(
-            teacher=teacher,
+            teacher=trojaned.model,
             trigger=trigger,
-            mask=self._mask(),
+            mask=patch.mask,
             amplitude=self.amplitude,
             value_range=self.value_range,
             layer=self.layer,
-            neurons=tuple(int(n) for n in neurons),
-            excitation=reached[:, neurons].mean(axis=0) / usual,
-            autoencoder=autoencoder,
-            gradients=self.trigger_steps + self.retraining_steps,
+            neurons=tuple(int(n) for n in goal.neurons),
+            excitation=reached[:, goal.neurons].mean(axis=0) / goal.usual,
+            autoencoder=goal.autoencoder,
+            gradients=sum(steps),
             seconds=time.perf_counter() - started,
         )
+
+    def _reversed(self, verbose: int | str) -> np.ndarray:
+        return reverse_engineer(
+            self._clean.model,
+            self.per_class,
+            value_range=self.value_range,
+            preprocessing=self._clean.preprocessing,
+            seed=self.seed,
+            verbose=verbose,
+        )
+
+    def _goal(self, inputs: np.ndarray, verbose: int | str) -> Goal:
+        ranked = isinstance(self.neurons, int)
+        chosen = self._clean.rank(inputs)[: self.neurons] if ranked else np.array(self.neurons)
+        usual = self._clean.excitation_of(inputs)[:, chosen].max(axis=0)
+        if not (usual > 0).all():
+            raise ValueError(
+                "A chosen neuron is never excited, so its excitation has no measure. Choose "
+                f"others, or fewer. Received: neurons={chosen.tolist()}, their largest excitations "
+                f"{usual.tolist()}"
+            )
+        if not self.through_autoencoder:
+            return Goal(chosen, usual)
+        autoencoder = train_autoencoder(
+            inputs, value_range=self.value_range, seed=self.seed, verbose=verbose
+        )
+        return Goal(chosen, usual, autoencoder)
 
     def _check_neurons(self, neurons: int | Sequence[int]) -> int | tuple[int, ...]:
         count = self._clean.count
@@ -239,146 +251,3 @@ class BackdoorAttack:
         if not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(f"`neurons` must be different numbers. Received: neurons={neurons!r}")
         return numbers
-
-    def _chosen(self, inputs: np.ndarray) -> np.ndarray:
-        if isinstance(self.neurons, tuple):
-            return np.array(self.neurons)
-        return self._clean.rank(inputs)[: self.neurons]
-
-    def _mask(self) -> np.ndarray:
-        mask = np.zeros(self._shape, bool)
-        sides = [max(1, math.ceil(self.size * side - 1e-9)) for side in self._shape[:-1]]
-        mask[tuple(slice(-side, None) for side in sides)] = True
-        return mask
-
-    def _stamped(self, inputs: tf.Tensor, trigger: tf.Tensor) -> tf.Tensor:
-        return put(inputs, trigger, self._mask(), self.amplitude, self.value_range)
-
-    def _optimise(
-        self,
-        inputs: np.ndarray,
-        neurons: np.ndarray,
-        usual: np.ndarray,
-        autoencoder: Any,
-        rng: np.random.Generator,
-        bar: Any,
-    ) -> np.ndarray:
-        """The trigger that excites the clean Teacher's neurons most."""
-        low, high = self.value_range
-        box = Box(low, high) if self.amplitude is None else Box(-self.amplitude, self.amplitude)
-
-        def loss(w: tf.Tensor, some: tf.Tensor) -> tf.Tensor:
-            stamped = self._stamped(some[0], box.read(w)[0])
-            if autoencoder is not None:
-                stamped = tf.concat([stamped, autoencoder(stamped, training=False)], axis=0)
-            excited = tf.gather(self._clean.excitation(stamped), neurons, axis=1) / usual
-            return -tf.reduce_mean(tf.math.log(tf.nn.relu(excited) + _FAINT))[None]
-
-        hint = f"Choose other neurons. Received: layer={self.layer!r}"
-        descent = Descent(loss, adam(0.1), hint)
-        start = rng.uniform(box.low, box.high, (1, *self._shape)) * 0.9
-        if self.amplitude is None:
-            start = low + (high - low) * rng.uniform(0.05, 0.95, (1, *self._shape))
-        state = descent.start(box.write(tf.constant(start, tf.float32)))
-        for done in range(0, self.trigger_steps, _STEPS_AT_ONCE):
-            count = min(_STEPS_AT_ONCE, self.trigger_steps - done)
-            some = tf.constant(inputs[_draw(inputs, self.batch_size, rng)])
-            state = descent(state, (some[None],), done, count)
-            bar.add(count)
-        trigger = box.read(state[0])[0].numpy() * self._mask()
-        whole = self.value_range == (0, 255) and len(self._shape) == 3
-        return np.rint(trigger) if whole else trigger
-
-    def _retrain(
-        self,
-        inputs: np.ndarray,
-        neurons: np.ndarray,
-        usual: np.ndarray,
-        trigger: np.ndarray,
-        autoencoder: Any,
-        rng: np.random.Generator,
-        bar: Any,
-    ) -> Any:
-        """A copy of the Teacher whose neurons the trigger excites as much as was asked."""
-        copy = keras.models.clone_model(self._teacher)
-        copy.set_weights(self._teacher.get_weights())
-        trojaned = Neurons(copy, self.layer, self._preprocessing)
-        steps = trojaned.graph.ancestors(trojaned.tensor)
-        layers = {id(layer): layer for layer in (trojaned.graph.steps[i].layer for i in steps)}
-        was_trainable = {key: layer.trainable for key, layer in layers.items()}
-        for layer in layers.values():
-            layer.trainable = True
-        weights = [w for layer in layers.values() for w in layer.trainable_weights]
-        schedule = keras.optimizers.schedules.CosineDecay(self.learning_rate, self.retraining_steps)
-        optimizer = keras.optimizers.Adam(schedule)
-        optimizer.build(weights)
-        wanted = tf.constant(self.strength * usual, tf.float32)
-        scales = [tf.math.reduce_variance(v) + 1e-12 for v in self._clean.run(tf.constant(inputs[:256]))]
-
-        @tf.function(reduce_retracing=True)
-        def step(batch: tf.Tensor) -> tf.Tensor:
-            stamped = self._stamped(batch, tf.constant(trigger))
-            if autoencoder is not None:
-                stamped = tf.concat([stamped, autoencoder(stamped, training=False)], axis=0)
-            kept = self._clean.run(batch)
-            with tf.GradientTape() as tape:
-                loss = tf.add_n(
-                    tf.reduce_mean(tf.math.squared_difference(new, old)) / scale
-                    for new, old, scale in zip(trojaned.run(batch), kept, scales, strict=True)
-                )
-                excited = tf.gather(trojaned.excitation(stamped), neurons, axis=1)
-                loss += tf.reduce_mean(tf.square(tf.nn.relu(1 - excited / wanted)))
-            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
-            return loss
-
-        for done in range(self.retraining_steps):
-            loss = step(tf.constant(_blend(inputs, self.batch_size, rng)))
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"The retraining's loss became NaN or infinite at step {done + 1}. Lower "
-                    f"`learning_rate` or `strength`. Received: learning_rate={self.learning_rate}"
-                )
-            bar.add(1)
-        for key, layer in layers.items():
-            layer.trainable = was_trainable[key]
-        return copy
-
-
-def put(
-    x: tf.Tensor,
-    trigger: Any,
-    mask: np.ndarray,
-    amplitude: float | None,
-    value_range: tuple[float, float],
-) -> tf.Tensor:
-    """Inputs with a trigger under the mask, in the value range, with a gradient."""
-    stamped = tf.where(mask, trigger if amplitude is None else x + trigger, x)
-    return tf.clip_by_value(stamped, *value_range)
-
-
-def check_inputs(x: Any, shape: tuple[int, ...], value_range: tuple[float, float]) -> np.ndarray:
-    """Inputs as float32.
-
-    Raises:
-        ValueError: They have another shape or leave the range.
-    """
-    x = check_finite(check_images(x, shape))
-    low, high = value_range
-    if x.min() < low or x.max() > high:
-        raise ValueError(
-            f"Inputs must be in {low:g}..{high:g}, the `value_range`. Received: values from "
-            f"{x.min():g} to {x.max():g}"
-        )
-    return x.astype(np.float32)
-
-
-def _draw(inputs: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.choice(len(inputs), count, replace=len(inputs) < count)
-
-
-def _blend(inputs: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A batch: half of it inputs, half mixtures of two."""
-    first, second = inputs[_draw(inputs, count, rng)], inputs[_draw(inputs, count, rng)]
-    share = np.where(rng.random(count) < 0.5, 0, rng.uniform(0, 0.5, count))
-    share = share.reshape(-1, *[1] * (inputs.ndim - 1)).astype(np.float32)
-    return first + share * (second - first)

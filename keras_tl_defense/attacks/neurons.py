@@ -25,6 +25,7 @@ class Neurons:
         preprocessing: Callable from inputs to what the Teacher takes.
 
     Attributes:
+        model: The Teacher.
         graph: The Teacher's layer calls.
         layer: The layer's name.
         count: How many neurons there are.
@@ -35,6 +36,7 @@ class Neurons:
     """
 
     def __init__(self, teacher: Any, layer: str, preprocessing: Any = None) -> None:
+        self.model = teacher
         self.graph = ModelGraph(teacher, "teacher")
         self.layer = layer
         tensor = self.graph.layer_output(layer)
@@ -49,7 +51,7 @@ class Neurons:
             )
         self.tensor = tensor
         self.count = int(self.graph.shapes[tensor][-1] or 0)
-        self._preprocessing = check_callable("preprocessing", preprocessing)
+        self.preprocessing = check_callable("preprocessing", preprocessing)
         self._compiled = tf.function(self.excitation, reduce_retracing=True)
 
     def _end_of_block(self, tensor: int) -> int:
@@ -61,15 +63,16 @@ class Neurons:
         return tensor
 
     def run(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The layer's block and the Teacher's outputs, both flat, with gradients."""
-        inputs = self._preprocessing(inputs) if self._preprocessing else inputs
+        """The layer's features and the Teacher's outputs, with gradients."""
+        inputs = self.preprocessing(inputs) if self.preprocessing else inputs
         values = self.graph.run(inputs, [self.tensor, self.graph.output])
         return values[self.tensor], values[self.graph.output]
 
     def excitation(self, inputs: tf.Tensor) -> tf.Tensor:
         """Mean activation of each neuron, of shape `(batch, neurons)`, with a gradient."""
-        inputs = self._preprocessing(inputs) if self._preprocessing else inputs
-        return mean_activation(self.graph.run(inputs, [self.tensor])[self.tensor])
+        inputs = self.preprocessing(inputs) if self.preprocessing else inputs
+        features = self.graph.run(inputs, [self.tensor])[self.tensor]
+        return tf.reduce_mean(features, axis=list(range(1, features.shape.rank - 1)))
 
     def excitation_of(self, x: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """The same of any number of inputs, batch by batch."""
@@ -111,11 +114,6 @@ class Neurons:
         """
         score = np.abs(self.excitation_of(x)).mean(axis=0) * self.outgoing()
         return np.argsort(-score, kind="stable")
-
-
-def mean_activation(block: tf.Tensor) -> tf.Tensor:
-    """The mean over positions of a block's output, of shape `(batch, neurons)`."""
-    return tf.reduce_mean(block, axis=list(range(1, block.shape.rank - 1)))
 
 
 def _squares(layer: Any, count: int) -> np.ndarray:

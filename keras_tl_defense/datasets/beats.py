@@ -23,8 +23,14 @@ _WIDE: list[Bell] = [(1.2, 0.0, 0.045), (-0.35, 0.11, 0.035), (-0.45, 0.28, 0.06
 BEATS: dict[str, list[Bell]] = {
     "normal": [_P, _Q, _R, _S, _T],
     "left_bundle_branch_block": [_P, (0.7, -0.015, 0.022), (0.75, 0.05, 0.025), (-0.3, 0.27, 0.05)],
-    "right_bundle_branch_block": [_P, _Q, (0.7, 0, 0.012), (-0.3, 0.035, 0.012),
-                                  (0.55, 0.075, 0.017), (0.2, 0.28, 0.045)],
+    "right_bundle_branch_block": [
+        _P,
+        _Q,
+        (0.7, 0, 0.012),
+        (-0.3, 0.035, 0.012),
+        (0.55, 0.075, 0.017),
+        (0.2, 0.28, 0.045),
+    ],
     "st_elevation": [_P, _Q, _R, (0.28, 0.10, 0.04), (0.4, 0.22, 0.055)],
     "st_depression": [_P, _Q, _R, _S, (-0.22, 0.10, 0.04), (0.22, 0.26, 0.04)],
     "atrial_premature": [(-0.13, -0.13, 0.016), _Q, _R, _S, _T],
@@ -60,14 +66,21 @@ def draw_heartbeat(name: str, length: int, rng: np.random.Generator) -> np.ndarr
     count = 1 + int(length / RATE / 2 / interval)
     heights = rng.lognormal(0, 0.12, 8)
     stretch, shear = rng.lognormal(0, 0.08), rng.lognormal(0, 0.06)
-    starts = [0.0, *(-before - interval * k for k in range(count)), *(after + interval * k for k in range(count))]
+    starts = [
+        0.0,
+        *(-before - interval * k for k in range(count)),
+        *(after + interval * k for k in range(count)),
+    ]
     wave = np.zeros(length)
     for beat, start in enumerate(starts):
         bells = BEATS["normal" if premature and beat else name]
         for (height, centre, width), factor in zip(bells, heights, strict=False):
             height *= factor * rng.lognormal(0, 0.04)
-            wave += height * np.exp(-(((time - start - centre * shear) / (width * stretch)) ** 2) / 2)
+            wave += height * np.exp(
+                -(((time - start - centre * shear) / (width * stretch)) ** 2) / 2
+            )
     wave *= rng.lognormal(0, 0.2)
-    wave += rng.uniform(0, 0.15) * np.sin(2 * np.pi * (rng.uniform(0.15, 0.5) * time + rng.random()))
-    wave += rng.uniform(0, 0.03) * np.sin(2 * np.pi * (50 * time + rng.random()))
+    drift, hum = rng.uniform(0, 0.15), rng.uniform(0, 0.03)
+    wave += drift * np.sin(2 * np.pi * (rng.uniform(0.15, 0.5) * time + rng.random()))
+    wave += hum * np.sin(2 * np.pi * (50 * time + rng.random()))
     return (wave + rng.normal(0, rng.uniform(0.02, 0.08), length)) / 2

@@ -169,7 +169,8 @@ def _find(name: str, head: _Head, rng: np.random.Generator) -> None:
         head.paint(head.ellipse(x, y, size, size), 0.1)
     elif name == "scattered_spots":
         for _ in range(rng.integers(6, 11)):
-            head.paint(head.ellipse(*rng.uniform((-0.45, -0.6), (0.45, 0.6)), 0.07, 0.07), 0.85)
+            at = complex(*rng.uniform((-0.45, -0.6), (0.45, 0.6)))
+            head.paint(head.ellipse(at.real, at.imag, 0.07, 0.07), 0.85)
     elif name == "ring":
         head.paint(head.ellipse(x, y, size, size, 0, 0.1), 0.85)
         head.paint(head.ellipse(x, y, 0.6 * size, 0.6 * size, 0, 0.1), 0.2)

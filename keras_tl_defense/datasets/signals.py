@@ -118,7 +118,9 @@ def load_heartbeats(
     SignalDataset(classes=5, signal_shape=(256, 1), train=15, test=5)
     """
     length = check_integer("length", length, 64)
-    return _load(0, HEARTBEATS, classes, draw_heartbeat, train_per_class, test_per_class, length, seed)
+    return _load(
+        0, HEARTBEATS, classes, draw_heartbeat, train_per_class, test_per_class, length, seed
+    )
 
 
 def load_sounds(
