@@ -64,7 +64,7 @@ def train_autoencoder(
     model.compile(keras.optimizers.Adam(3e-3), loss="mse")
     x = x.astype(np.float32)
     data = tf.data.Dataset.from_tensor_slices((x, x)).shuffle(len(x), seed).batch(batch_size)
-    model.fit(data, epochs=epochs, verbose=verbose)
+    model.fit(data, epochs=epochs, shuffle=False, verbose=verbose)
     return model
 
 
