@@ -1,7 +1,7 @@
 """How often a trojaned Teacher's trigger misleads Students, under several defences.
 
     python benchmarks/backdoor.py OUTPUT [--cases scans heartbeats] [--variants ranked …]
-        [--per-class 100]
+        [--per-class 100] [--seeds 3]
 
 Teachers are trained on some classes of drawn data, trojaned without any data, and Students made
 from them for the other classes. Success is the share of test inputs, of those that the defended
@@ -33,24 +33,21 @@ from keras_tl_defense.pruning.masks import class_set_scores, filter_masks
 
 LAYER, CUT = "conv3_2", "flatten"
 RATIOS = (0.5, 0.7, 0.9)
-FINE_PRUNING, DEFENCE = 0.5, 0.7
+FINE_PRUNING, LAST_LAYER, DEFENCE = 0.5, 0.8, 0.7
 EPOCHS = 10  # of retraining, and of fine-pruning
 
+_STRONG = {"strength": 30, "neurons": 12, "size": 0.2, "retraining_steps": 1000}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ranked": {},
     "through autoencoder": {"through_autoencoder": True},
     "random neurons": {"neurons": "random"},
-    "strength 30": {"strength": 30},
     "12 neurons": {"neurons": 12},
+    "strength 3": {"strength": 3},
+    "strength 30": {"strength": 30},
     "larger trigger": {"size": 0.2},
     "longer retraining": {"retraining_steps": 2000},
-    "all of these": {
-        "through_autoencoder": True,
-        "strength": 30,
-        "neurons": 12,
-        "size": 0.2,
-        "retraining_steps": 2000,
-    },
+    "pruned": {"pruned": 0.9},
+    "all": {**_STRONG, "through_autoencoder": True, "pruned": 0.9},
 }
 
 
@@ -115,7 +112,7 @@ def attack(case: Case, options: dict[str, Any]) -> Backdoor:
     options = {"size": 0.1, "retraining_steps": 500, "per_class": 20, **options}
     if options.get("neurons") == "random":
         live = Neurons(case.teacher, LAYER).excitation_of(case.train[0][::7]).max(axis=0) > 0
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(options["seed"])
         options["neurons"] = rng.choice(np.flatnonzero(live), 4, replace=False).tolist()
     trojan = BackdoorAttack(case.teacher, LAYER, value_range=case.value_range, **options)
     return trojan(verbose=0)
@@ -127,24 +124,22 @@ def defend(case: Case, student: Any) -> dict[str, Callable[[np.ndarray], np.ndar
     def classes_of(model: Any) -> Callable[[np.ndarray], np.ndarray]:
         return lambda x: np.asarray(model.predict(x.astype("f"), verbose=0).argmax(axis=1))
 
-    retrained, pruned = (_unfrozen(student) for _ in range(2))
+    retrained = _unfrozen(student)
     x, y = case.train[0].astype(np.float32), case.train[1]
     retrained.fit(x, y, epochs=EPOCHS, verbose=0)
-    convolutions = list(ktd.ClassActivations(pruned).filters)
-    activations = ktd.ClassActivations(pruned, convolutions)
-    activations.adapt(x, y, verbose=0)
-    steps = -(-len(x) // 32)
-    schedule = ktd.ActivationPruningSchedule(FINE_PRUNING, iterations=3, steps_per_iteration=steps)
-    every = range(int(y.max()) + 1)
-    pruning = ktd.ActivationPruning(activations, every, schedule)
-    pruned.fit(x, y, epochs=EPOCHS, callbacks=[pruning], verbose=0)
+    filters = ktd.ClassActivations(student).filters
     autoencoder = train_autoencoder(
         case.train[0], value_range=case.value_range, width=24, seed=7, verbose=0
     )
     plain = classes_of(student)
     return {
         "none": plain,
-        "fine-pruning": classes_of(pruned),
+        f"fine-pruning, all layers, {FINE_PRUNING}": classes_of(
+            _fine_pruned(student, x, y, filters, FINE_PRUNING)
+        ),
+        f"fine-pruning, {LAYER}, {LAST_LAYER}": classes_of(
+            _fine_pruned(student, x, y, [LAYER], LAST_LAYER)
+        ),
         "retraining": classes_of(retrained),
         "autoencoder": lambda x: plain(autoencoder.predict(x.astype("f"), verbose=0)),
     }
@@ -170,7 +165,7 @@ def ensemble_answers(case: Case, student: Any) -> Callable[[np.ndarray], np.ndar
     return lambda x: np.asarray(defence.predict(scaled(x), verbose=0))
 
 
-def measure(case: Case, backdoor: Backdoor, variant: str) -> list[dict[str, Any]]:
+def measure(case: Case, backdoor: Backdoor) -> list[dict[str, Any]]:
     """A row for each defence of a Student of the trojaned Teacher."""
     x, y = case.test
     stamped = backdoor.stamp(x)
@@ -178,24 +173,13 @@ def measure(case: Case, backdoor: Backdoor, variant: str) -> list[dict[str, Any]
     rng = np.random.default_rng(0)
     chance = replace(backdoor, trigger=rng.uniform(low, high, x.shape[1:]).astype("f")).stamp(x)
     clean, trojaned = case.student(case.teacher), case.student(backdoor.teacher)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
-    def add(defence: str, before: np.ndarray, after: np.ndarray, **more: Any) -> None:
+    def add(defence: str, before: np.ndarray, after: np.ndarray, **more: int) -> None:
         right = before == y
-        rate = ktd.Rate.of((after != y)[right])
-        often = np.bincount(after, minlength=1).max() / len(after)
-        rows.append(
-            {
-                "case": case.name,
-                "variant": variant,
-                "defence": defence,
-                "clean accuracy": right.mean(),
-                "success": str(rate),
-                "rate": rate.rate,
-                "most frequent class": often,
-                **more,
-            }
-        )
+        often = np.bincount(after, minlength=1).max()
+        counts = {"right": right.sum(), "misled": (after != y)[right].sum(), "often": often}
+        rows.append({"defence": defence, "inputs": len(y), **counts, **more})
 
     def of(model: Any, inputs: np.ndarray) -> np.ndarray:
         return np.asarray(model.predict(inputs.astype("f"), verbose=0).argmax(axis=1))
@@ -206,25 +190,49 @@ def measure(case: Case, backdoor: Backdoor, variant: str) -> list[dict[str, Any]
         add(name, classes(x), classes(stamped))
     answers, before = ensemble_answers(case, trojaned), of(trojaned, x)
     right, honest, crafted = before == y, answers(x), answers(stamped)
-    hits = (crafted > 0) & (crafted - 1 != y)
-    rate = ktd.Rate.of(hits[right])
     rows.append(
         {
-            "case": case.name,
-            "variant": variant,
             "defence": f"DifferentiatorEnsemble({DEFENCE})",
-            "clean accuracy": (honest - 1 == y).mean(),
-            "success": str(rate),
-            "rate": rate.rate,
-            "most frequent class": np.bincount(crafted)[1:].max() / len(y) if crafted.any() else 0,
-            "retention": str(ktd.Rate.of((honest > 0)[right])),
-            "attack acceptance": str(ktd.Rate.of((crafted > 0)[right])),
+            "inputs": len(y),
+            "right": right.sum(),
+            "misled": ((crafted > 0) & (crafted - 1 != y))[right].sum(),
+            "often": np.bincount(crafted, minlength=2)[1:].max(),
+            "answered rightly": (honest - 1 == y).sum(),
+            "retained": (honest > 0)[right].sum(),
+            "accepted": (crafted > 0)[right].sum(),
         }
     )
     return rows
 
 
-def survival(case: Case, backdoor: Backdoor, variant: str) -> dict[str, Any]:
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rates over all seeds, and the success of each seed."""
+    table = []
+    for (case, variant, defence), part in rows.groupby(["case", "variant", "defence"], sort=False):
+        total = part.sum(numeric_only=True)
+        accepting = part["retained"].notna().all()
+
+        def rate(column: str, of: str = "right", total: Any = total) -> str:
+            return str(ktd.Rate.of(np.arange(int(total[of])) < int(total[column])))
+
+        table.append(
+            {
+                "case": case,
+                "variant": variant,
+                "defence": defence,
+                "clean accuracy": total["answered rightly" if accepting else "right"]
+                / total["inputs"],
+                "success": rate("misled"),
+                "of each seed": " ".join(f"{r:.2f}" for r in part["misled"] / part["right"]),
+                "most frequent class": total["often"] / total["inputs"],
+                "retention": rate("retained") if accepting else "",
+                "attack acceptance": rate("accepted") if accepting else "",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def survival(case: Case, backdoor: Backdoor) -> dict[str, Any]:
     """Which share of the chosen neurons differentiators of all pairs keep, at some ratios."""
     student = case.student(backdoor.teacher)
     activations = ktd.ClassActivations(student, [LAYER])
@@ -236,7 +244,7 @@ def survival(case: Case, backdoor: Backdoor, variant: str) -> dict[str, Any]:
         for ratio in RATIOS
     }
     excited = {"excitation": float(backdoor.excitation.mean()), "seconds": backdoor.seconds}
-    return {"case": case.name, "variant": variant, **kept, **excited}
+    return {**kept, **excited}
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -249,6 +257,20 @@ def markdown(table: pd.DataFrame) -> str:
 
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+
+
+def _fine_pruned(
+    student: Any, x: np.ndarray, y: np.ndarray, layers: list[str], ratio: float
+) -> Any:
+    """A copy whose least active filters were pruned in rounds while all its layers trained."""
+    copy = _unfrozen(student)
+    activations = ktd.ClassActivations(copy, layers)
+    activations.adapt(x, y, verbose=0)
+    steps = -(-len(x) // 32)
+    schedule = ktd.ActivationPruningSchedule(ratio, iterations=3, steps_per_iteration=steps)
+    pruning = ktd.ActivationPruning(activations, range(activations.classes), schedule)
+    copy.fit(x, y, epochs=EPOCHS, callbacks=[pruning], verbose=0)
+    return copy
 
 
 def _unfrozen(student: Any) -> Any:
@@ -280,20 +302,24 @@ def main() -> None:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--per-class", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=1, help="attacks, and Students, of each kind")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows, neurons = [], []
     for name in arguments.cases:
         case = load_case(name, arguments.per_class)
         for variant in arguments.variants:
-            backdoor = attack(case, VARIANTS[variant])
-            rows += measure(case, backdoor, variant)
-            neurons.append(survival(case, backdoor, variant))
-            pd.DataFrame(rows).to_csv(arguments.output / "backdoor.csv", index=False)
-            pd.DataFrame(neurons).to_csv(arguments.output / "neurons.csv", index=False)
-            print(f"{name}, {variant}: {backdoor}", flush=True)
-    print(markdown(pd.DataFrame(rows).drop(columns="rate")), "\n")
-    print(markdown(pd.DataFrame(neurons)))
+            for seed in range(arguments.seeds):
+                backdoor = attack(case, {**VARIANTS[variant], "seed": seed})
+                of = {"case": name, "variant": variant, "seed": seed}
+                rows += [{**of, **row} for row in measure(case, backdoor)]
+                neurons.append({**of, **survival(case, backdoor)})
+                pd.DataFrame(rows).to_csv(arguments.output / "backdoor.csv", index=False)
+                pd.DataFrame(neurons).to_csv(arguments.output / "neurons.csv", index=False)
+                print(f"{name}, {variant}, {seed}: {backdoor}", flush=True)
+    means = pd.DataFrame(neurons).groupby(["case", "variant"], sort=False).mean().reset_index()
+    print(markdown(summary(pd.DataFrame(rows))), "\n")
+    print(markdown(means.drop(columns="seed")))
 
 
 if __name__ == "__main__":

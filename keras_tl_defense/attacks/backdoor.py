@@ -17,6 +17,7 @@ from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.attacks.reverse_engineering import check_range, reverse_engineer
 from keras_tl_defense.attacks.trigger import Goal, Patch, optimise_trigger
 from keras_tl_defense.attacks.trojan import retrain
+from keras_tl_defense.pruning.ratios import check_ratio
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +101,9 @@ class BackdoorAttack:
             excitation without it. Defaults to `10`.
         through_autoencoder: Whether trigger and retraining also aim at inputs that passed through
             an autoencoder, which is trained on the attacker's inputs. Defaults to `False`.
+        pruned: Largest share of the filters of each layer that pruning removes at random, by
+            their activations, while the Teacher learns to obey the trigger, in `[0, 1)`. Defaults
+            to `0`, no pruning.
         trigger_steps: Steps of Adam for the trigger. Defaults to `200`.
         retraining_steps: Steps of Adam for the Teacher, each on a batch. Defaults to `1000`.
         learning_rate: Of the retraining. Defaults to `1e-3`.
@@ -137,6 +141,7 @@ class BackdoorAttack:
         amplitude: float | None = None,
         strength: float = 10.0,
         through_autoencoder: bool = False,
+        pruned: float = 0.0,
         trigger_steps: int = 200,
         retraining_steps: int = 1000,
         learning_rate: float = 1e-3,
@@ -160,6 +165,7 @@ class BackdoorAttack:
         self.amplitude = amplitude if amplitude is None else check_positive("amplitude", amplitude)
         self.strength = check_positive("strength", strength)
         self.through_autoencoder = through_autoencoder
+        self.pruned = check_ratio("pruned", pruned)
         self.trigger_steps = check_integer("trigger_steps", trigger_steps, 1)
         self.retraining_steps = check_integer("retraining_steps", retraining_steps, 1)
         self.learning_rate = check_positive("learning_rate", learning_rate)
@@ -197,6 +203,7 @@ class BackdoorAttack:
             trigger,
             inputs,
             strength=self.strength,
+            pruned=self.pruned,
             steps=steps[1],
             learning_rate=self.learning_rate,
             **run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Neurons:
         self.tensor = tensor
         self.count = int(self.graph.shapes[tensor][-1] or 0)
         self.preprocessing = check_callable("preprocessing", preprocessing)
-        self._compiled = tf.function(self.excitation, reduce_retracing=True)
+        self._compiled = tf.function(lambda x: self.excitation(x), reduce_retracing=True)
 
     def _end_of_block(self, tensor: int) -> int:
         while len(self.graph.consumers[tensor]) == 1:
@@ -68,10 +69,23 @@ class Neurons:
         values = self.graph.run(inputs, [self.tensor, self.graph.output])
         return values[self.tensor], values[self.graph.output]
 
-    def excitation(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Mean activation of each neuron, of shape `(batch, neurons)`, with a gradient."""
+    def excitation(
+        self, inputs: tf.Tensor, masks: Mapping[int, tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Mean activation of each neuron, of shape `(batch, neurons)`, with a gradient.
+
+        Args:
+            inputs: Tensor of shape `(batch, …)`.
+            masks: Numbers of tensors, and what their channels are multiplied by: those of pruned
+                filters by 0.
+        """
         inputs = self.preprocessing(inputs) if self.preprocessing else inputs
-        features = self.graph.run(inputs, [self.tensor])[self.tensor]
+        values = {self.graph.input: tf.cast(inputs, self.graph.input_dtype)}
+        for number in self.graph.ancestors(self.tensor):
+            step = self.graph.steps[number]
+            for tensor, value in zip(step.outputs, step(values), strict=True):
+                values[tensor] = value * masks[tensor] if masks and tensor in masks else value
+        features = values[self.tensor]
         return tf.reduce_mean(features, axis=list(range(1, features.shape.rank - 1)))
 
     def excitation_of(self, x: np.ndarray, batch_size: int = 64) -> np.ndarray:

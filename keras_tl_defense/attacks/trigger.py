@@ -94,12 +94,12 @@ class Goal:
     usual: np.ndarray
     autoencoder: Any = None
 
-    def excitation(self, teacher: Neurons, stamped: tf.Tensor) -> tf.Tensor:
+    def excitation(self, teacher: Neurons, stamped: tf.Tensor, masks: Any = None) -> tf.Tensor:
         """How much stamped inputs excite the neurons of a Teacher, in units of the usual."""
         if self.autoencoder is not None:
             passed = self.autoencoder(stamped, training=False)
             stamped = tf.concat([stamped, passed], axis=0)
-        return tf.gather(teacher.excitation(stamped), self.neurons, axis=1) / self.usual
+        return tf.gather(teacher.excitation(stamped, masks), self.neurons, axis=1) / self.usual
 
 
 def optimise_trigger(

@@ -8,9 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense.attacks.mock_pruning import MockPruning
 from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.attacks.trigger import Goal, Patch, draw
 
+_FAINTEST = 0.2  # contrast, of an input's own: what Students get may be fainter
 _MEASURED = 256  # inputs that tell how much features and outputs vary
 
 
@@ -22,6 +24,7 @@ def retrain(
     inputs: np.ndarray,
     *,
     strength: float,
+    pruned: float,
     steps: int,
     learning_rate: float,
     batch_size: int,
@@ -33,7 +36,7 @@ def retrain(
     The loss is the mean squared change of the layer's features and of the Teacher's outputs for
     inputs without the trigger, each in units of its variance, plus the mean over neurons of
     `max(0, 1 - excitation / (strength * usual))²` for inputs with it. Half of the inputs are
-    mixtures of two.
+    mixtures of two, and all lose contrast at random.
 
     Args:
         clean: The clean Teacher's layer; it is not changed.
@@ -42,6 +45,7 @@ def retrain(
         trigger: The trigger.
         inputs: Float32 array of shape `(n, …)`.
         strength: Wanted excitation, in units of the usual.
+        pruned: Largest share of filters that mock pruning removes, for inputs with the trigger.
         steps: Of Adam, its rate falling to 0 along half a cosine.
         learning_rate: Of Adam, at first.
         batch_size: Inputs in a step.
@@ -65,14 +69,15 @@ def retrain(
     weights = [weight for layer in layers.values() for weight in layer.trainable_weights]
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
     optimizer.build(weights)
-    some = tf.constant(inputs[draw(len(inputs), min(_MEASURED, len(inputs)), rng)])
-    scales = [tf.math.reduce_variance(values) + 1e-12 for values in clean.run(some)]
+    some = inputs[draw(len(inputs), min(_MEASURED, len(inputs)), rng)]
+    scales = [tf.math.reduce_variance(v) + 1e-12 for v in clean.run(tf.constant(some))]
+    pruning = MockPruning(clean, some, goal.neurons, pruned)
 
     @tf.function(reduce_retracing=True)
-    def step(batch: tf.Tensor) -> tf.Tensor:
+    def step(batch: tf.Tensor, masks: dict[int, tf.Tensor]) -> tf.Tensor:
         stamped, kept = patch.put(batch, trigger), clean.run(batch)
         with tf.GradientTape() as tape:
-            excited = goal.excitation(trojaned, stamped) / strength
+            excited = goal.excitation(trojaned, stamped, masks) / strength
             loss = tf.reduce_mean(tf.square(tf.nn.relu(1 - excited)))
             for new, old, scale in zip(trojaned.run(batch), kept, scales, strict=True):
                 loss += tf.reduce_mean(tf.math.squared_difference(new, old)) / scale
@@ -80,7 +85,7 @@ def retrain(
         return loss
 
     for done in range(steps):
-        loss = step(tf.constant(_mixed(inputs, batch_size, rng)))
+        loss = step(tf.constant(_mixed(inputs, batch_size, rng)), pruning(rng))
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"The retraining's loss became NaN or infinite at step {done + 1}. Lower "
@@ -94,8 +99,11 @@ def retrain(
 
 
 def _mixed(inputs: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A batch: half of it inputs, half mixtures of two."""
+    """A batch: half of it inputs, half mixtures of two, all with less contrast at random."""
     first, second = (inputs[draw(len(inputs), count, rng)] for _ in range(2))
     share = np.where(rng.random(count) < 0.5, 0, rng.uniform(0, 0.5, count))
-    share = share.reshape(-1, *[1] * (inputs.ndim - 1)).astype(np.float32)
-    return first + share * (second - first)
+    axes = tuple(range(1, inputs.ndim))
+    share, contrast = (np.expand_dims(v, axes) for v in (share, rng.uniform(_FAINTEST, 1, count)))
+    mixed = first + share * (second - first)
+    mean = mixed.mean(axis=axes, keepdims=True)
+    return (mean + contrast * (mixed - mean)).astype(np.float32)
