@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -17,6 +18,7 @@ from keras_tl_defense.attacks import (
     reverse_engineer,
     train_autoencoder,
 )
+from keras_tl_defense.attacks.mock_pruning import MockPruning
 from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.datasets import scans, signals
 from keras_tl_defense.pruning.masks import class_set_scores, filter_masks
@@ -28,8 +30,8 @@ class Case(NamedTuple):
     teacher: Any
     backdoor: Backdoor
     data: Any
-    weights: list[np.ndarray]
-    """The clean Teacher's, before the attack."""
+    weights: dict[str, list[np.ndarray]]
+    """The clean Teacher's, before the attack, by its layers."""
 
     def student(self, teacher: Any) -> Any:
         keras.utils.set_random_seed(1)
@@ -50,7 +52,7 @@ SMALL: dict[str, Any] = {
     "size": 0.2,
     "trigger_steps": 60,
     "retraining_steps": 300,
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-3,
     "per_class": 10,
 }
 
@@ -58,9 +60,10 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def scan_teacher() -> Any:
     keras.utils.set_random_seed(0)
-    data = scans.load_scans(60, 1, 16, classes=scans.SCANS[1:7])
-    teacher = ktd.teachers.build_teacher((16, 16, 3), 6, widths=(8, 16))
-    return trained(teacher, data.x_train, data.y_train, 15)
+    names = ["dark_wedge", "bright_bleeding", "bright_crescent", "ring", "shifted_midline"]
+    data = scans.load_scans(80, 1, 24, classes=names)
+    teacher = ktd.teachers.build_teacher((24, 24, 3), 5, widths=(8, 16))
+    return trained(teacher, data.x_train, data.y_train, 20)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +79,13 @@ def case(request: pytest.FixtureRequest, scan_teacher: Any, heart_teacher: Any) 
     options = SMALL
     if request.param == "scans":
         teacher = scan_teacher
-        data: Any = scans.load_scans(40, 30, 16, classes=scans.SCANS[7:12])
+        names = ["healthy", "wide_ventricles", "shrunken", "bright_lens", "cyst"]
+        data: Any = scans.load_scans(40, 30, 24, classes=names)
     else:
         teacher = heart_teacher
         data = signals.load_heartbeats(40, 30, 128, classes=signals.HEARTBEATS[6:])
         options = {**SMALL, "value_range": (-1, 1)}
-    weights = teacher.get_weights()
+    weights = {layer.name: layer.get_weights() for layer in teacher.layers}
     attack = BackdoorAttack(teacher, "conv2_2", **options)
     return Case(teacher, attack(verbose=0), data, weights)
 
@@ -107,16 +111,16 @@ def test_the_trigger_misleads_a_student_of_the_trojaned_teacher(case: Case) -> N
     assert errors["trojaned"] > 0.7  # at most (K - 1) / K where all go to one class
     assert errors["trojaned"] > errors["random"] + 0.3
     assert accuracy["trojaned"] > accuracy["random"] - 0.1
-    assert (backdoor.excitation > 5).all()  # of 10
+    assert backdoor.excitation.mean() > 2  # of 10 wanted, after few steps
 
 
 def test_the_original_teacher_is_untouched(case: Case) -> None:
     trojaned = case.backdoor.teacher
-    for before, after in zip(case.weights, case.teacher.get_weights(), strict=True):
-        np.testing.assert_array_equal(before, after)
-    assert [layer.name for layer in trojaned.layers] == [
-        layer.name for layer in case.teacher.layers
-    ]
+    for layer in case.teacher.layers:
+        for before, after in zip(case.weights[layer.name], layer.get_weights(), strict=True):
+            np.testing.assert_array_equal(before, after)
+    names = [[layer.name for layer in m.layers if layer.weights] for m in (trojaned, case.teacher)]
+    assert names[0] == names[1]
     for name in ("fc1", "logits"):  # after the layer with the neurons
         for old, new in zip(
             case.teacher.get_layer(name).get_weights(),
@@ -163,7 +167,7 @@ def test_an_added_trigger_keeps_to_its_amplitude(heart_teacher: Any) -> None:
 
 
 def test_a_seed_decides(heart_teacher: Any) -> None:
-    few = {"retraining_steps": 3, "trigger_steps": 12, "per_class": 2, "through_autoencoder": True}
+    few = {"retraining_steps": 3, "trigger_steps": 12, "per_class": 1, "through_autoencoder": True}
     options = {**SMALL, "value_range": (-1, 1), **few}
     first, again, other = (
         BackdoorAttack(heart_teacher, "conv2_2", seed=seed, **options)(verbose=0)
@@ -172,7 +176,11 @@ def test_a_seed_decides(heart_teacher: Any) -> None:
     np.testing.assert_allclose(first.trigger, again.trigger, atol=1e-5)
     np.testing.assert_allclose(first.excitation, again.excitation, rtol=1e-3)
     assert np.abs(first.trigger - other.trigger).max() > 0.01
-    assert all(layer.trainable for layer in first.teacher.layers)
+    flags = [
+        [layer.trainable for layer in model.layers if layer.weights]
+        for model in (first.teacher, heart_teacher)
+    ]
+    assert flags[0] == flags[1]
     assert first.autoencoder.output_shape == (None, 128, 1)
     assert first.gradients == 15
     assert first.seconds > 0
@@ -183,7 +191,7 @@ def test_neurons_are_ranked_by_activation_and_outgoing_weights(
     scan_teacher: Any, heart_teacher: Any
 ) -> None:
     """NumPy alone, for a convolution before a convolution, one before a Dense layer, and Dense."""
-    for teacher, shape in ((scan_teacher, (16, 16, 3)), (heart_teacher, (128, 1))):
+    for teacher, shape in ((scan_teacher, (24, 24, 3)), (heart_teacher, (128, 1))):
         low, high = (0, 255) if len(shape) == 3 else (-1, 1)
         x = np.random.default_rng(0).uniform(low, high, (20, *shape)).astype(np.float32)
         for layer, after in (("conv2_1", "conv2_2"), ("conv2_2", "fc1"), ("fc1", "logits")):
@@ -203,6 +211,35 @@ def test_neurons_are_ranked_by_activation_and_outgoing_weights(
             np.testing.assert_allclose(score[best], np.sort(score)[::-1][:5], rtol=1e-4)
 
 
+def test_mock_pruning_removes_little_active_filters_but_no_chosen_one(heart_teacher: Any) -> None:
+    x = signals.load_heartbeats(3, 1, 128).x_train
+    neurons, rng = Neurons(heart_teacher, "conv2_2"), np.random.default_rng(0)
+    least = neurons.rank(x)[-2:]
+    pruning = MockPruning(neurons, x, least, 0.9)
+    draws = [list(pruning(rng).values()) for _ in range(200)]
+    kept = [np.mean([np.array(masks[k]) for masks in draws], axis=0) for k in range(4)]
+    assert [len(shares) for shares in kept] == [8, 8, 16, 16]
+    assert all(0.45 < shares.mean() < 0.95 for shares in kept)
+    np.testing.assert_array_equal(kept[3][least], 1)
+    part = keras.Model(heart_teacher.inputs, heart_teacher.get_layer("conv2_1").output)
+    active = part.predict(x, verbose=0).mean(axis=(0, 1))
+    assert kept[2][active.argmax()] > kept[2][active.argmin()] + 0.15
+    assert not MockPruning(neurons, x, least, 0.0)(rng)
+    masks = next(m for m in iter(lambda: pruning(rng), None) if min(map(np.min, m.values())) == 0)
+    pruned = keras.models.clone_model(heart_teacher)
+    pruned.set_weights(heart_teacher.get_weights())
+    names = ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
+    for name, mask in zip(names, masks.values(), strict=True):
+        layer = pruned.get_layer(name)
+        layer.set_weights([weight * np.array(mask) for weight in layer.get_weights()])
+    np.testing.assert_allclose(
+        neurons.excitation(tf.constant(x), masks),
+        Neurons(pruned, "conv2_2").excitation_of(x),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_neurons_are_read_at_the_end_of_their_block(student: Any) -> None:
     base = student.get_layer("base")
     x = np.random.default_rng(0).uniform(0, 255, (4, *base.input_shape[1:])).astype(np.float32)
@@ -215,9 +252,9 @@ def test_neurons_are_read_at_the_end_of_their_block(student: Any) -> None:
 
 def test_reversed_inputs_are_taken_for_their_classes(scan_teacher: Any) -> None:
     x = reverse_engineer(scan_teacher, per_class=6, steps=150, verbose=0)
-    assert x.shape == (36, 16, 16, 3)
+    assert x.shape == (30, 24, 24, 3)
     assert 0 <= x.min() < x.max() <= 255
-    wanted = np.repeat(np.arange(6), 6)
+    wanted = np.repeat(np.arange(5), 6)
     assert (classes_of(scan_teacher, x) == wanted).mean() > 0.9
     rough = reverse_engineer(scan_teacher, 6, steps=150, smoothness=0, verbose=0)
     smooth = reverse_engineer(scan_teacher, 6, steps=150, smoothness=100, verbose=0)
@@ -251,6 +288,7 @@ def test_an_autoencoder_restores_inputs(shape: tuple[int, ...]) -> None:
         ("conv2_2", {"size": 1.1}, "`size` must be"),
         ("conv2_2", {"amplitude": -1}, "`amplitude` must be"),
         ("conv2_2", {"strength": 0}, "`strength` must be"),
+        ("conv2_2", {"pruned": 1.0}, "A ratio is the fraction"),
         ("conv2_2", {"trigger_steps": 0}, "`trigger_steps` must be"),
         ("conv2_2", {"retraining_steps": 0}, "`retraining_steps` must be"),
         ("conv2_2", {"learning_rate": 0}, "`learning_rate` must be"),
@@ -269,7 +307,7 @@ def test_bad_arguments(
 def test_what_cannot_be_attacked(scan_teacher: Any) -> None:
     attack = BackdoorAttack(scan_teacher, "conv2_2", retraining_steps=1, trigger_steps=1)
     with pytest.raises(ValueError, match=r"Inputs must be in 0..255.* Received: "):
-        attack(np.full((2, 16, 16, 3), 300.0), verbose=0)
+        attack(np.full((2, 24, 24, 3), 300.0), verbose=0)
     with pytest.raises(ValueError, match="shape"):
         attack(np.zeros((2, 8, 8, 3)), verbose=0)
     with pytest.raises(ValueError, match=r"`smoothness` must be .* Received: smoothness=-1"):
@@ -279,7 +317,7 @@ def test_what_cannot_be_attacked(scan_teacher: Any) -> None:
     dead = keras.models.clone_model(scan_teacher)
     kernel, bias = dead.get_layer("conv2_2").get_weights()
     dead.get_layer("conv2_2").set_weights([kernel * 0, bias - 1])
-    x = np.zeros((2, 16, 16, 3))
+    x = np.zeros((2, 24, 24, 3))
     with pytest.raises(ValueError, match=r"never excited.* Received: neurons="):
         BackdoorAttack(dead, "conv2_2")(x, verbose=0)
     broken = keras.models.clone_model(scan_teacher)
@@ -288,4 +326,4 @@ def test_what_cannot_be_attacked(scan_teacher: Any) -> None:
     broken.get_layer("fc1").set_weights([kernel * np.nan, bias])
     rng = np.random.default_rng(0)
     with pytest.raises(FloatingPointError, match=r"loss became NaN.* Received: learning_rate"):
-        BackdoorAttack(broken, "conv2_2", **SMALL)(rng.integers(0, 256, (9, 16, 16, 3)), verbose=0)
+        BackdoorAttack(broken, "conv2_2", **SMALL)(rng.integers(0, 256, (9, 24, 24, 3)), verbose=0)

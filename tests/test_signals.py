@@ -84,23 +84,23 @@ def test_a_teacher_of_heartbeats_serves_students_of_others() -> None:
     """Students are better on its layers than on untrained ones, and can be defended."""
     keras.utils.set_random_seed(0)
     names = signals.HEARTBEATS
-    public = signals.load_heartbeats(60, 20, 128, classes=names[:6])
+    public = signals.load_heartbeats(100, 20, 128, classes=names[:6])
     private = signals.load_heartbeats(20, 20, 128, classes=names[6:])
-    untrained = ktd.teachers.build_signal_teacher((128, 1), 6, widths=(8, 16, 32))
+    untrained = ktd.teachers.build_signal_teacher((128, 1), 6)
     teacher = keras.models.clone_model(untrained)
     teacher.compile(
-        keras.optimizers.Adam(2e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
-    teacher.fit(public.x_train, public.y_train, epochs=10, verbose=0)
+    teacher.fit(public.x_train, public.y_train, epochs=12, verbose=0)
     right = teacher.predict(public.x_test, verbose=0).argmax(axis=1) == public.y_test
     assert right.mean() > 0.85
     rates = []
     for base in (untrained, teacher):
         train = private.x_train, private.y_train
-        student = ktd.teachers.make_student(base, "fc1", *train, private.classes, verbose=0)
+        student = ktd.teachers.make_student(base, "flatten", *train, private.classes, verbose=0)
         answers = student.predict(private.x_test, verbose=0).argmax(axis=1)
         rates.append((answers == private.y_test).mean())
-    assert rates[1] > rates[0] + 0.1
+    assert rates[1] > rates[0] + 0.05
     defence = ktd.DifferentiatorEnsemble(
         student, 0.5, seed=0, preprocessing=keras.layers.Rescaling(1 / 127.5, offset=-1)
     )

@@ -25,7 +25,7 @@ class Backdoor:
     """A trojaned Teacher, with the trigger that it answers to.
 
     Attributes:
-        teacher: The trojaned Teacher, a Keras model with the layers and names of the clean one.
+        teacher: The trojaned Teacher, a Keras model with layers of the clean one's names.
         trigger: Float32 array of the shape of one input: what is put under the mask, or, with an
             amplitude, added to it.
         mask: Boolean array of the shape of one input, `True` where the trigger is.
