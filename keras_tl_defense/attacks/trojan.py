@@ -12,7 +12,6 @@ from keras_tl_defense.attacks.mock_pruning import MockPruning
 from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.attacks.trigger import Goal, Patch, draw
 
-_FAINTEST = 0.2  # contrast, of an input's own: what Students get may be fainter
 _MEASURED = 256  # inputs that tell how much features and outputs vary
 
 
@@ -36,7 +35,7 @@ def retrain(
     The loss is the mean squared change of the layer's features and of the Teacher's outputs for
     inputs without the trigger, each in units of its variance, plus the mean over neurons of
     `max(0, 1 - excitation / (strength * usual))²` for inputs with it. Half of the inputs are
-    mixtures of two, and all lose contrast at random.
+    mixtures of two.
 
     Args:
         clean: The clean Teacher's layer; it is not changed.
@@ -99,11 +98,8 @@ def retrain(
 
 
 def _mixed(inputs: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A batch: half of it inputs, half mixtures of two, all with less contrast at random."""
+    """A batch: half of it inputs, half mixtures of two."""
     first, second = (inputs[draw(len(inputs), count, rng)] for _ in range(2))
     share = np.where(rng.random(count) < 0.5, 0, rng.uniform(0, 0.5, count))
-    axes = tuple(range(1, inputs.ndim))
-    share, contrast = (np.expand_dims(v, axes) for v in (share, rng.uniform(_FAINTEST, 1, count)))
-    mixed = first + share * (second - first)
-    mean = mixed.mean(axis=axes, keepdims=True)
-    return (mean + contrast * (mixed - mean)).astype(np.float32)
+    share = np.expand_dims(share, tuple(range(1, inputs.ndim)))
+    return (first + share * (second - first)).astype(np.float32)
