@@ -111,7 +111,6 @@ def test_the_trigger_misleads_a_student_of_the_trojaned_teacher(case: Case) -> N
     assert errors["trojaned"] > 0.45  # at most (K - 1) / K where all go to one class
     assert errors["trojaned"] > errors["random"] + 0.25
     assert accuracy["trojaned"] > accuracy["random"] - 0.1
-    assert backdoor.excitation.mean() > 1  # of 10 wanted, after few steps
 
 
 def test_the_original_teacher_is_untouched(case: Case) -> None:
