@@ -54,6 +54,43 @@ def build_teacher(
     return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="teacher")
 
 
+def build_signal_teacher(
+    input_shape: tuple[int, int], classes: int, widths: tuple[int, ...] = (16, 32, 64)
+) -> Any:
+    """A network of one-dimensional convolutions for signals in -1..1, untrained.
+
+    Args:
+        input_shape: `(length, channels)`.
+        classes: Number of logits.
+        widths: Filters of each block of two convolutions over 9 samples and a pooling of 4.
+
+    Returns:
+        A Functional Keras model with layers `conv1_1`, `conv1_2`, `pool1` and so on, `flatten`,
+        `fc1` and `logits`.
+
+    Example:
+        >>> build_signal_teacher((256, 1), classes=6).output_shape
+        (None, 6)
+    """
+    layers = keras.layers
+    x = inputs = keras.Input(input_shape)
+    for block, width in enumerate(widths, start=1):
+        for part in (1, 2):
+            x = layers.Conv1D(
+                width,
+                9,
+                padding="same",
+                activation="relu",
+                kernel_initializer="he_normal",
+                name=f"conv{block}_{part}",
+            )(x)
+        x = layers.MaxPooling1D(4, padding="same", name=f"pool{block}")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dropout(0.3, name="dropout")(x)
+    x = layers.Dense(128, activation="relu", kernel_initializer="he_normal", name="fc1")(x)
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="teacher")
+
+
 def load_teacher(path: str | Path) -> Any:
     """A Teacher from a file, without running code that the file brings.
 

@@ -19,13 +19,17 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import (
     adaptive,
     art,
+    autoencoder,
+    backdoor,
     base,
     general,
     masked_mimicry,
     mimicry,
+    reverse_engineering,
     target_agnostic,
     targets,
 )
+from keras_tl_defense.datasets import scans, signals
 from keras_tl_defense.ensemble import calibration, heads, model, search, trial
 from keras_tl_defense.evaluation import plots, report, roc, sizes
 from keras_tl_defense.pruning import callback, channel_mask, masks, ratios, schedule
@@ -76,7 +80,8 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ENSEMBLE = [calibration, heads, model]
 PRUNING = [masks, ratios, schedule, callback, channel_mask]
-MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, targets, mimicry, target_agnostic, teachers]
+ATTACKS = [targets, mimicry, target_agnostic, autoencoder, backdoor, reverse_engineering]
+MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, *ATTACKS, teachers, scans, signals]
 
 
 HIDDEN = [  # by functions of the same names

@@ -54,13 +54,8 @@ class ImageDataset:
         for part in ("train", "test"):
             images, labels = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
             _check_images(f"x_{part}", images)
-            _check_numbers(f"y_{part}", labels, len(images))
-            if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
-                raise ValueError(
-                    f"`y_{part}` holds a label without a class name. Expected labels in "
-                    f"0..{self.classes - 1}; give a name for every class. Received: "
-                    f"labels in {labels.min()}..{labels.max()}"
-                )
+            check_numbers(f"y_{part}", labels, len(images))
+            check_classes(f"y_{part}", labels, self.classes)
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise ValueError(
                 "The training and test images differ in size. Expected one size; resize them "
@@ -68,7 +63,7 @@ class ImageDataset:
                 f"x_test.shape={self.x_test.shape}"
             )
         if self.track_train is not None:
-            _check_numbers("track_train", self.track_train, len(self.x_train))
+            check_numbers("track_train", self.track_train, len(self.x_train))
 
     @property
     def classes(self) -> int:
@@ -146,13 +141,39 @@ def _check_images(name: str, images: np.ndarray) -> None:
         )
 
 
-def _check_numbers(name: str, numbers: np.ndarray, count: int) -> None:
+def check_numbers(name: str, numbers: np.ndarray, count: int) -> None:
+    """Raise a `ValueError` unless there is an int64 for each of `count` inputs."""
     if numbers.dtype != np.int64 or numbers.shape != (count,):
         raise ValueError(
-            f"`{name}` does not fit its images. Expected one int64 for each of {count} images; "
+            f"`{name}` does not fit its inputs. Expected one int64 for each of {count} inputs; "
             f"convert it with `.astype('int64')`, or mend its length. Received: "
             f"{name}.dtype={numbers.dtype}, {name}.shape={numbers.shape}"
         )
+
+
+def check_classes(name: str, labels: np.ndarray, classes: int) -> None:
+    """Raise a `ValueError` where a label has no class name."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"`{name}` holds a label without a class name. Expected labels in 0..{classes - 1}; "
+            f"give a name for every class. Received: labels in {labels.min()}..{labels.max()}"
+        )
+
+
+def choose_names(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The class names that a caller wants, all by default.
+
+    Raises:
+        ValueError: One is not known or comes twice, or there is none.
+    """
+    if names is None:
+        return tuple(known)
+    wanted = () if isinstance(names, str) else tuple(names)
+    if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
+        raise ValueError(
+            f"`classes` must be different names from {tuple(known)}. Received: classes={names!r}"
+        )
+    return wanted
 
 
 def resize_images(images: np.ndarray, size: int) -> np.ndarray:

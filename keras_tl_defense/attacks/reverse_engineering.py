@@ -1,0 +1,134 @@
+"""Inputs that a Teacher takes for its classes, made from noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer, check_positive
+from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.descent import Descent, adam
+from keras_tl_defense.attacks.features import LayerFeatures
+from keras_tl_defense.layer_kinds import is_softmax
+
+_STEPS_AT_ONCE = 50
+_CELLS = 8  # of the coarsest noise that inputs begin as
+
+
+def reverse_engineer(
+    teacher: Any,
+    per_class: int = 20,
+    *,
+    steps: int = 150,
+    learning_rate: float = 0.05,
+    smoothness: float = 1.0,
+    value_range: tuple[float, float] = (0, 255),
+    batch_size: int = 64,
+    preprocessing: Any = None,
+    seed: int = 0,
+    verbose: int | str = "auto",
+) -> np.ndarray:
+    """Make inputs that stand for a Teacher's training data, which nobody need have.
+
+    Each begins as noise of random coarseness and contrast and minimises the cross-entropy of the
+    Teacher's answer to a class, plus `smoothness` times the mean squared difference of neighbours
+    (in units of the range of values), by Adam over `w`, with `input = (tanh(w) / c + 1/2)` times
+    the range.
+
+    Args:
+        teacher: A built Functional or Sequential Keras model that returns logits or probabilities
+            of its classes.
+        per_class: Inputs for each class. Defaults to `20`.
+        steps: Steps of Adam. Defaults to `150`.
+        learning_rate: Of Adam, for `w`. Defaults to `0.05`.
+        smoothness: Weight of neighbours' differences, 0 or more. Defaults to `1.0`.
+        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)`.
+        batch_size: Inputs that are made at once. Defaults to `64`.
+        preprocessing: Callable from inputs to what the Teacher takes.
+        seed: Decides the noise.
+        verbose: 0 shows no progress bar.
+
+    Returns:
+        Float32 array of shape `(classes * per_class, …)`, ordered by class.
+
+    Raises:
+        ValueError: An argument is out of range, or the Teacher's input has no fixed shape.
+        FloatingPointError: A gradient became NaN or infinite.
+
+    Example:
+        >>> reverse_engineer(teacher, per_class=2, steps=10, verbose=0).shape
+        (56, 32, 32, 3)
+    """
+    outputs = LayerFeatures(teacher, teacher.layers[-1].name, preprocessing)
+    low, high = check_range(value_range)
+    count, steps = check_integer("per_class", per_class, 1), check_integer("steps", steps, 1)
+    batch_size = check_integer("batch_size", batch_size, 1)
+    if not 0 <= smoothness < np.inf:
+        raise ValueError(f"`smoothness` must be 0 or more. Received: smoothness={smoothness!r}")
+    logits = not is_softmax(teacher.layers[-1])
+    classes = int(teacher.outputs[0].shape[-1])
+    box = Box(low, high)
+
+    def loss(w: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        x = box.read(w)
+        entropy = keras.losses.sparse_categorical_crossentropy(labels, outputs(x), logits)
+        rough = tf.zeros(tf.shape(labels))
+        for axis in range(1, x.shape.rank - 1):
+            near = tf.experimental.numpy.diff(x, axis=axis) / (high - low)
+            rough += tf.reduce_mean(tf.square(near), axis=list(range(1, x.shape.rank)))
+        return entropy + smoothness * rough
+
+    rule = adam(check_positive("learning_rate", learning_rate))
+    descent = Descent(loss, rule, f"Lower `learning_rate`. Received: {learning_rate=}")
+    labels = np.repeat(np.arange(classes), count)
+    rng = np.random.default_rng(seed)
+    start = np.stack([_noise(outputs.fixed_shape, rng) for _ in labels])
+    bar = keras.utils.Progbar(len(labels), verbose=0 if verbose == 0 else 1)
+    made = []
+    for first in range(0, len(labels), batch_size):
+        part = slice(first, first + batch_size)
+        source = tf.constant(low + (high - low) * start[part], tf.float32)
+        state = descent.start(box.write(source))
+        for done in range(0, steps, _STEPS_AT_ONCE):
+            state = descent(
+                state, (tf.constant(labels[part]),), done, min(_STEPS_AT_ONCE, steps - done)
+            )
+        made.append(box.read(state[0]).numpy())
+        bar.add(len(made[-1]))
+    return np.concatenate(made)
+
+
+def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
+    """A lowest and a higher highest value.
+
+    Raises:
+        ValueError: They are not.
+    """
+    low, high = value_range
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(
+            "`value_range` must be a lowest and a higher highest value. "
+            f"Received: value_range={value_range!r}"
+        )
+    return float(low), float(high)
+
+
+def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Noise in 0.02..0.98, a mixture of some grains, from coarse to fine."""
+    noise = np.zeros(shape)
+    cells = _CELLS // 2
+    while cells < max(shape[:-1]):
+        cells *= 2
+        grid = rng.normal(size=(*(min(cells, n) for n in shape[:-1]), shape[-1]))
+        for axis, size in enumerate(shape[:-1]):
+            where = np.linspace(0, grid.shape[axis] - 1, size)
+            below = np.minimum(where.astype(int), max(grid.shape[axis] - 2, 0))
+            above = np.minimum(below + 1, grid.shape[axis] - 1)
+            share = (where - below).reshape([-1 if a == axis else 1 for a in range(grid.ndim)])
+            grid = np.take(grid, below, axis) * (1 - share) + np.take(grid, above, axis) * share
+        noise += grid * rng.uniform(0, 1)
+    contrast = rng.uniform(0.05, 0.3)
+    return np.clip(rng.uniform(0.2, 0.8) + contrast * noise / noise.std(), 0.02, 0.98)
