@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import (
     AdaptiveAttack,
     AttackResult,
+    BackdoorAttack,
     GeneralAttack,
     MaskedMimicryAttack,
     MimicryAttack,
@@ -64,6 +66,7 @@ class Sanity:
             self._mimicry,
             self._fingerprint,
             self._target_agnostic,
+            self._backdoor,
             self._adaptive,
         ]
         if importlib.util.find_spec("art"):
@@ -210,6 +213,26 @@ class Sanity:
     @property
     def _width(self) -> int:
         return int(np.prod(self.teacher.get_layer(_CUT).output.shape[1:]))
+
+    def _backdoor(self) -> None:
+        """The trigger on a Student of the trojaned Teacher, and a random one on the Student."""
+        backdoor = BackdoorAttack(
+            self.teacher, "conv3_2", retraining_steps=400, per_class=10, seed=self.seed
+        )()
+        trojaned = make_student(
+            backdoor.teacher, _CUT, self.train.x_train, self.train.y_train, self.classes
+        )
+        noise = np.random.default_rng(self.seed).integers(0, 256, self.x.shape[1:])
+        chance = replace(backdoor, trigger=noise)
+        x, y = self.x[self.plan.sources], self.y[self.plan.sources]
+        rates = []
+        for setting, student, stamped in (
+            ("random trigger, clean Teacher", self.student, chance.stamp(x)),
+            ("trojaned Teacher", trojaned, backdoor.stamp(x)),
+        ):
+            answered = student.predict(stamped.astype(np.float32), verbose=0).argmax(axis=1)
+            rates.append(self._row("backdoor", "Student", setting, "misled", answered != y))
+        self._check("backdoor: misleads more than a random trigger", rates[1] > rates[0])
 
     def _adaptive(self) -> None:
         defence = DifferentiatorEnsemble(self.student, 0.7, seed=self.seed)

@@ -108,9 +108,8 @@ def test_the_trigger_misleads_a_student_of_the_trojaned_teacher(case: Case) -> N
         right = classes_of(student, x) == y
         accuracy[name] = right.mean()
         errors[name] = (classes_of(student, stamp(x)) != y)[right].mean()
-    assert errors["trojaned"] > 0.45  # at most (K - 1) / K where all go to one class
-    assert errors["trojaned"] > errors["random"] + 0.25
-    assert accuracy["trojaned"] > accuracy["random"] - 0.1
+    assert errors["trojaned"] > errors["random"] + 0.2  # at most (K - 1) / K: all to one class
+    assert accuracy["trojaned"] > accuracy["random"] - 0.15
 
 
 def test_the_original_teacher_is_untouched(case: Case) -> None:

@@ -21,8 +21,9 @@ def test_a_check_that_fails_is_told(
         self._check("it misleads nearly all", False)
 
     monkeypatch.setattr(sanity.Sanity, "_prepare", prepare)
-    for part in ("_general", "_mimicry", "_fingerprint", "_target_agnostic", "_adaptive"):
-        monkeypatch.setattr(sanity.Sanity, part, lambda self: None)
+    parts = ("general", "mimicry", "fingerprint", "target_agnostic", "backdoor", "adaptive")
+    for part in parts:
+        monkeypatch.setattr(sanity.Sanity, f"_{part}", lambda self: None)
     assert main(["sanity", "--out", str(tmp_path / "new")]) == 1
     printed = capsys.readouterr().out
     assert "| FGSM | Student | largest change 8 | misled | 2/3 | 21% to 94% |" in printed
