@@ -19,7 +19,8 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     the largest where the defence rejects: the Student's largest logit, less how far the score is
     above its threshold (before `calibrate`, how far the members that decide agree). What members
     check an image is drawn as for any image, and gradients go through them. A later `calibrate`
-    does not change the estimator. Any other Keras model has the outputs that it has.
+    does not change the estimator. Any other Keras model has the outputs that it has. Some attacks
+    of that library, DeepFool for one, are written for images in 0..1; `GeneralAttack` scales them.
 
     Args:
         classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns

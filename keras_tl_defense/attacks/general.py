@@ -97,9 +97,8 @@ class GeneralAttack:
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = seed
         around = _expected if method == "eot-pgd" else None
-        # its trade-off between change and success is set for images in 0..1
-        self._highest = 1.0 if method == "carlini-wagner" else 255.0
-        self._estimator = make_estimator(classifier, preprocessing, around, self._highest)
+        # DeepFool, and Carlini and Wagner, are written there for images in 0..1
+        self._estimator = make_estimator(classifier, preprocessing, around, highest=1.0)
         self._defended = int(is_defence(classifier))
 
     def __call__(
@@ -158,12 +157,11 @@ class GeneralAttack:
                     "Without a gradient, no image of the target class is found but by chance. Pass "
                     "some that the classifier takes for it, as `x_start`. Received: x_start=None"
                 )
-            given["x_adv_init"] = check_images(x_start, shape, "x_start").astype(np.float32)
+            given["x_adv_init"] = check_images(x_start, shape, "x_start").astype(np.float32) / 255
         np.random.seed(self.seed)
         tf.random.set_seed(self.seed)
         attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
-        scaled = source.astype(np.float32) * (self._highest / 255)
-        raw = np.asarray(attack.generate(scaled, **given) * (255 / self._highest), np.float32)
+        raw = np.asarray(255 * attack.generate(source.astype(np.float32) / 255, **given), "f")
         images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
         measured = [self._measure(images, source, part) for part in self._parts(len(source))]
         likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
@@ -190,14 +188,17 @@ class GeneralAttack:
 
         if self.method == "fgsm":
             return evasion.FastGradientMethod(
-                self._estimator, eps=self.budget, targeted=targeted, batch_size=self.batch_size
+                self._estimator,
+                eps=self.budget / 255,
+                targeted=targeted,
+                batch_size=self.batch_size,
             )
         common = {"batch_size": self.batch_size, "verbose": verbose}
         if self.method in ("pgd", "eot-pgd"):
             return evasion.ProjectedGradientDescent(
                 self._estimator,
-                eps=self.budget,
-                eps_step=2.5 * self.budget / self.steps,
+                eps=self.budget / 255,
+                eps_step=2.5 * self.budget / 255 / self.steps,
                 max_iter=self.steps,
                 num_random_init=1,
                 targeted=targeted,
