@@ -23,6 +23,7 @@ from members import searched
 from students import CASES, Case, load_attacks, load_case, parser, percent
 
 import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import (
     AdaptiveAttack,
     AttackResult,
@@ -59,7 +60,7 @@ def load_defence(case: Case, cache: Path, label: str = "defence", **options: Any
         defence.fit(*case.augmented(), verbose=0)
         defence.calibrate(case.x_val, case.y_val, verbose=0)
         defence.save(path)
-    return ktd.load_model(path)
+    return keras.models.load_model(path)
 
 
 def rebuilt(case: Case, cache: Path, factor: float) -> Any:
@@ -80,7 +81,7 @@ def rebuilt(case: Case, cache: Path, factor: float) -> Any:
         own.fit(case.x_val, case.y_val, verbose=0)
         own.calibrate(case.x_val, case.y_val, verbose=0)
         own.save(path)
-    return ktd.load_model(path)
+    return keras.models.load_model(path)
 
 
 def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> Iterator[Attack]:

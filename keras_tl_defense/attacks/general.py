@@ -31,7 +31,7 @@ _STEPS = {
     "pgd": 40,
     "eot-pgd": 40,
     "deepfool": 50,
-    "carlini-wagner": 100,
+    "carlini-wagner": 20,
     "hop-skip-jump": 20,
 }
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
@@ -56,7 +56,7 @@ class GeneralAttack:
         budget: Largest change, or Euclidean change over all numbers of an image, in grey levels.
             Defaults to 8 or 500.
         steps: Steps of the method, each of one or more passes. Defaults to 1 for `"fgsm"`, 40 for
-            `"pgd"` and `"eot-pgd"`, 50 for `"deepfool"`, 100 for `"carlini-wagner"` and 20 for
+            `"pgd"` and `"eot-pgd"`, 50 for `"deepfool"`, 20 for `"carlini-wagner"` and
             `"hop-skip-jump"`.
         batch_size: Images that are crafted at once. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
