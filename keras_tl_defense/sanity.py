@@ -193,26 +193,26 @@ class Sanity:
         self._check("fingerprint: the Student's Teacher comes first", table["teacher"][0] == "own")
 
     def _target_agnostic(self) -> None:
-        attack = TargetAgnosticAttack(self.teacher, _CUT, seed=self.seed)
+        layer = "fc1"  # units of a Dense layer can be excited alone
+        train = self.train.x_train, self.train.y_train
+        student = make_student(self.teacher, layer, *train, self.classes)
+        attack = TargetAgnosticAttack(self.teacher, layer, seed=self.seed)
         rng = np.random.default_rng(self.seed)
-        units = rng.choice(self._width, self.images, replace=False).tolist()
+        units = rng.choice(self.teacher.get_layer(layer).units, self.images).tolist()
         noise = rng.integers(0, 256, (self.images, *self.x.shape[1:]))
         start = self.x[self.plan.sources]
-        bounded = TargetAgnosticAttack(self.teacher, _CUT, budget=8, seed=self.seed)
+        bounded = TargetAgnosticAttack(self.teacher, layer, budget=8, seed=self.seed)
         rates = []
         for setting, x in (
             ("random images", noise),
             ("changes of 8", bounded(units, start).adversarial),
             ("free", attack(units).adversarial),
         ):
-            outputs = self.student.predict(x.astype(np.float32), verbose=0)
-            sure = tf.nn.softmax(outputs).numpy().max(axis=1) >= 0.99
-            rates.append(self._row("target-agnostic", "Student", setting, "99 % sure", sure))
+            outputs = student.predict(x.astype(np.float32), verbose=0)
+            sure = tf.nn.softmax(outputs).numpy().max(axis=1) >= 0.95
+            on = f"Student cut at {layer}"
+            rates.append(self._row("target-agnostic", on, setting, "95 % sure", sure))
         self._check("target-agnostic: surer than of random images", rates[2] > rates[0])
-
-    @property
-    def _width(self) -> int:
-        return int(np.prod(self.teacher.get_layer(_CUT).output.shape[1:]))
 
     def _backdoor(self) -> None:
         """The trigger on a Student of the trojaned Teacher, and a random one on the Student."""
@@ -267,8 +267,10 @@ class Sanity:
             defended(f"all known, {members}", setting, attack(source, own, wanted))
         free = AdaptiveAttack(defence, budget=1.0, steps=200)
         defended("all known, no limit", "no limit, 200 steps", free(source, own, wanted))
-        for name in ("masks known", "all known, sampled"):
-            self._check(f"{name}: no weaker than mimicry", rates[name] >= rates["mimicry"])
+        self._check(
+            "all known, sampled: passes more often than mimicry",
+            rates["all known, sampled"] > rates["mimicry"],
+        )
         self._check(
             "all known, fixed: at least as often where these members are drawn",
             rates["all known, fixed drawn"] >= rates["all known, fixed"],

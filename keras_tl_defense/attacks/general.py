@@ -35,7 +35,8 @@ _STEPS = {
     "hop-skip-jump": 20,
 }
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
-_OVERSHOOT, _LEAD = 0.02, 1.0  # of DeepFool and of Carlini and Wagner: rounding shall undo nothing
+_OVERSHOOT = 0.02  # of DeepFool, as in its paper
+_LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 
 class GeneralAttack:
@@ -45,9 +46,10 @@ class GeneralAttack:
     `"eot-pgd"`, which attacks the mean output under eight draws of Gaussian noise of up to 8 grey
     levels: all within the budget, a largest change. `"deepfool"` and `"carlini-wagner"` look for
     the smallest Euclidean change that works, `"hop-skip-jump"` does so by questions alone, without
-    a gradient; where it is above the budget they have failed. On a Teacher, inputs are crafted away
-    from the classes that the Teacher itself gives; whether the Student is fooled, too, is then to
-    be seen.
+    a gradient. What rounding to grey levels undoes is enlarged, at most three times, until it
+    holds; where the change is above the budget they have failed. On a Teacher, inputs are crafted
+    away from the classes that the Teacher itself gives; whether the Student is fooled, too, is then
+    to be seen.
 
     Args:
         classifier: A Keras model of images that returns logits, or a fitted
@@ -162,7 +164,7 @@ class GeneralAttack:
         tf.random.set_seed(self.seed)
         attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
         raw = np.asarray(255 * attack.generate(source.astype(np.float32) / 255, **given), "f")
-        images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
+        images = self._rounded(raw, source, wanted)
         measured = [self._measure(images, source, part) for part in self._parts(len(source))]
         likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
         passes = {"fgsm": 1, "pgd": self.steps, "eot-pgd": self.steps * _SAMPLES}
@@ -216,7 +218,6 @@ class GeneralAttack:
         if self.method == "carlini-wagner":
             return evasion.CarliniL2Method(
                 self._estimator,
-                confidence=_LEAD,
                 max_iter=self.steps,
                 learning_rate=0.05,
                 binary_search_steps=5,
@@ -226,6 +227,25 @@ class GeneralAttack:
         return evasion.HopSkipJump(
             self._estimator, max_iter=self.steps, targeted=targeted, init_eval=50, **common
         )
+
+    def _rounded(
+        self, raw: np.ndarray, source: np.ndarray, wanted: np.ndarray | None
+    ) -> np.ndarray:
+        """Whole grey levels; where rounding undoes a smallest change, the least multiple works."""
+        change = raw - source
+        images = np.rint(np.clip(raw, 0, 255))
+        if self.norm == "linf":
+            return images.astype(np.uint8)
+        before = self._answers(source)
+        for factor in (*_LARGER, 1.0):
+            holds = self._answers(images)
+            holds = holds != before if wanted is None else holds == wanted + self._defended
+            images[~holds] = np.rint(np.clip(source + factor * change, 0, 255))[~holds]
+        return images.astype(np.uint8)
+
+    def _answers(self, images: np.ndarray) -> np.ndarray:
+        scaled = images.astype(np.float32) / 255
+        return np.asarray(self._estimator.predict(scaled, self.batch_size).argmax(axis=1))
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(s, s + self.batch_size) for s in range(0, count, self.batch_size)]
