@@ -79,7 +79,7 @@ class TestImageDataset:
             ({"x_test": images.astype(float)}, "`x_test` is not a batch.*x_test.dtype=float64"),
             ({"x_train": images[..., 0]}, r"x_train.shape=\(2, 8, 8\)"),
             ({"y_train": labels.astype("int32")}, "y_train.dtype=int32"),
-            ({"y_train": labels[:1]}, r"each of 2 images.*y_train.shape=\(1,\)"),
+            ({"y_train": labels[:1]}, r"each of 2 inputs.*y_train.shape=\(1,\)"),
             ({"track_train": labels[:1]}, "`track_train` does not fit"),
             ({"class_names": ("a",)}, r"`y_train` holds a label.*0\.\.0;.*labels in 0\.\.1"),
             ({"y_test": labels - 1}, r"`y_test` holds a label.*labels in -1\.\.0"),
@@ -485,7 +485,8 @@ def test_examples_run(module: object) -> None:
 
 
 def test_exports() -> None:
-    assert datasets.__all__ == ["ImageDataset", "faces", "gtsrb", "synthetic"]
+    sources = ["faces", "gtsrb", "scans", "signals", "synthetic"]
+    assert datasets.__all__ == ["ImageDataset", "SignalDataset", *sources]
     assert all(hasattr(datasets, name) for name in datasets.__all__)
 
 
