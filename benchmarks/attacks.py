@@ -112,8 +112,8 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     def by_masks() -> AttackResult:
         return MaskedMimicryAttack(case.teacher, case.cut, defence, **within)(*given, verbose=0)
 
-    def guessed(factor: float) -> AttackResult:
-        return adaptive(rebuilt(case, cache, factor))
+    def guessed(factor: float, **options: Any) -> AttackResult:
+        return adaptive(rebuilt(case, cache, factor), **options)
 
     knows = "the Teacher"
     for kind in ("targeted", "non-targeted"):
@@ -130,9 +130,12 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     for method in METHODS:
         made = partial(general, case.student, method)
         yield Attack("the Student", f"{method} on the Student", made)
+    rebuilding = "the Student, how defences are built"
     for factor in FACTORS:
         label = f"adaptive, own defence with {factor:g} times the ratios"
-        yield Attack("how defences are built", label, partial(guessed, factor))
+        yield Attack(rebuilding, label, partial(guessed, factor))
+    made = partial(guessed, 1.0, members="all", confidence=4.0)
+    yield Attack(rebuilding, "adaptive, own defence, all members, score 4 too high", made)
     yield Attack("the masks", "mimicry of sampled members", by_masks)
     for members in ("fixed", "sampled", "all"):
         made = partial(adaptive, defence, members=members)
