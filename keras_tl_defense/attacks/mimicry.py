@@ -44,8 +44,8 @@ class MimicryAttack:
         steps: Steps of descent. Defaults to `2000`.
         restarts: Further tries, from noise on the source; the best of all is the answer. Defaults
             to `0`.
-        optimizer: `"adadelta"`, as in the paper, or `"adam"`, which succeeds as often with a
-            quarter of the steps. Defaults to `"adadelta"`.
+        optimizer: `"adadelta"`, as in the paper, or `"adam"`, which succeeded as often with a
+            quarter of the steps on faces. Defaults to `"adadelta"`.
         learning_rate: Of the optimizer. Defaults to 1 for Adadelta and 0.01 for Adam.
         penalty: Weight of leaving the budget. Defaults to `1000 / budget²`, which is 1e7 at 0.01.
         batch_size: Images that are crafted at once. Defaults to `64`.
