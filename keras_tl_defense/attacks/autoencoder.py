@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
-from keras_tl_defense.attacks.reverse_engineering import check_range
+from keras_tl_defense.attacks.box import check_range
 
 
 def train_autoencoder(

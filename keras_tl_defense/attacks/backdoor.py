@@ -13,8 +13,9 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.attacks.autoencoder import train_autoencoder
+from keras_tl_defense.attacks.box import check_range
 from keras_tl_defense.attacks.neurons import Neurons
-from keras_tl_defense.attacks.reverse_engineering import check_range, reverse_engineer
+from keras_tl_defense.attacks.reverse_engineering import reverse_engineer
 from keras_tl_defense.attacks.trigger import Goal, Patch, optimise_trigger
 from keras_tl_defense.attacks.trojan import retrain
 from keras_tl_defense.pruning.ratios import check_ratio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 _SHRINK = 2 - 1e-6  # so that the ends of the range have a finite `w`
@@ -34,3 +35,18 @@ class Box(NamedTuple):
     def read(self, w: tf.Tensor) -> tf.Tensor:
         """The inputs of a `w`."""
         return self.low + (tf.tanh(w) / _SHRINK + 0.5) * (self.high - self.low)
+
+
+def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
+    """A lowest and a higher highest value.
+
+    Raises:
+        ValueError: They are not.
+    """
+    low, high = value_range
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(
+            "`value_range` must be a lowest and a higher highest value. "
+            f"Received: value_range={value_range!r}"
+        )
+    return float(low), float(high)

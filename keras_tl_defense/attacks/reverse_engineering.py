@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
-from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.box import Box, check_range
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures
 from keras_tl_defense.layer_kinds import is_softmax
@@ -99,21 +99,6 @@ def reverse_engineer(
         made.append(box.read(state[0]).numpy())
         bar.add(len(made[-1]))
     return np.concatenate(made)
-
-
-def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
-    """A lowest and a higher highest value.
-
-    Raises:
-        ValueError: They are not.
-    """
-    low, high = value_range
-    if not -np.inf < low < high < np.inf:
-        raise ValueError(
-            "`value_range` must be a lowest and a higher highest value. "
-            f"Received: value_range={value_range!r}"
-        )
-    return float(low), float(high)
 
 
 def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.attacks.base import AttackResult
-from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.box import Box, check_range
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 from keras_tl_defense.data import check_finite, check_images
@@ -89,13 +89,7 @@ class TargetAgnosticAttack:
         self.strength = strength if strength is None else check_positive("strength", strength)
         self.budget = budget if budget is None else check_positive("budget", budget)
         self.steps = check_integer("steps", steps, 1)
-        low, high = value_range
-        if not -np.inf < low < high < np.inf:
-            raise ValueError(
-                "`value_range` must be a lowest and a higher highest value. "
-                f"Received: value_range={value_range!r}"
-            )
-        self.value_range = (float(low), float(high))
+        self.value_range = check_range(value_range)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = seed
         rule = adam(check_positive("learning_rate", learning_rate))
