@@ -5,7 +5,8 @@
 `DATA` and `CACHE` are as for `protection.py`; ratios and the heads' layer are searched once for a
 Student, everything else is the default. All attacks are on the same test images, and within the
 same budgets: the Student's DSSIM budget, or a largest change of 8 or a Euclidean one of 500 grey
-levels. Finished rows are kept in `CACHE`. Writes `attacks.csv` and `attacks.md`.
+levels. Attacks on an own defence aim at a score 4 above its threshold, to have some to lose.
+Finished rows are kept in `CACHE`. Writes `attacks.csv` and `attacks.md`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from members import searched
-from students import CASES, Case, load_attacks, load_case, parser, percent
+from students import CASES, Case, load_case, parser, percent
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -64,11 +65,14 @@ def load_defence(case: Case, cache: Path, label: str = "defence", **options: Any
     return keras.models.load_model(path)
 
 
-def rebuilt(case: Case, cache: Path, factor: float) -> Any:
-    """What an attacker builds who guesses the ratios, of the validation images."""
+def rebuilt(case: Case, cache: Path, factor: float, exact: bool = False) -> Any:
+    """What an attacker builds of the validation images who guesses the ratios.
+
+    With `exact`, of the masks of the defence itself, which are those of the training images.
+    """
     found = searched(case, cache)
     ratios = {name: min(0.99, factor * ratio) for name, ratio in found["ratios"].items()}
-    path = cache / f"{case.name}-rebuilt-{factor:g}.keras"
+    path = cache / f"{case.name}-rebuilt-{factor:g}{'-exact' * exact}.keras"
     if not path.exists():
         own = ktd.DifferentiatorEnsemble(
             case.student,
@@ -78,7 +82,8 @@ def rebuilt(case: Case, cache: Path, factor: float) -> Any:
             seed=1,
             preprocessing=case.preprocessing,
         )
-        own.adapt(case.x_val, case.y_val, verbose=0)
+        known = (case.x_train, case.y_train) if exact else (case.x_val, case.y_val)
+        own.adapt(*known, verbose=0)
         own.fit(case.x_val, case.y_val, verbose=0)
         own.calibrate(case.x_val, case.y_val, verbose=0)
         own.save(path)
@@ -95,14 +100,13 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     within: dict[str, Any] = {"budget": case.budget, "steps": steps, "batch_size": 32}
     given = (source, target, own, wanted)
 
-    def mimicry(kind: str) -> AttackResult:
-        return load_attacks(case, cache, count)[kind]
-
-    def by_adam(**options: Any) -> AttackResult:
+    def mimicry(targeted: bool = True, **options: Any) -> AttackResult:
         attack = MimicryAttack(
             case.teacher, case.cut, steps=600, optimizer="adam", **at_cut, **options
         )
-        return attack(*given, verbose=0)
+        if targeted:
+            return attack(*given, verbose=0)
+        return attack.untargeted(source, x[plan.candidates], own, verbose=0)
 
     def general(model: Any, method: Any) -> AttackResult:
         return GeneralAttack(model, method, **at_cut)(source, own, verbose=0)
@@ -111,16 +115,16 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
         return AdaptiveAttack(known, **within, **options)(source, own, wanted, verbose=0)
 
     def by_masks() -> AttackResult:
-        return MaskedMimicryAttack(case.teacher, case.cut, defence, **within)(*given, verbose=0)
+        attack = MaskedMimicryAttack(case.teacher, case.cut, defence, **{**within, "steps": 600})
+        return attack(*given, verbose=0)
 
-    def guessed(factor: float, **options: Any) -> AttackResult:
-        return adaptive(rebuilt(case, cache, factor), **options)
+    def guessed(factor: float, exact: bool = False, **options: Any) -> AttackResult:
+        return adaptive(rebuilt(case, cache, factor, exact), confidence=4.0, **options)
 
     knows = "the Teacher"
-    for kind in ("targeted", "non-targeted"):
-        yield Attack(knows, f"mimicry, {kind}", partial(mimicry, kind))
-    yield Attack(knows, "mimicry by Adam", partial(by_adam, budget=case.budget))
-    yield Attack(knows, "mimicry by Adam, largest change 8", partial(by_adam, norm="linf"))
+    yield Attack(knows, "mimicry, targeted", partial(mimicry, budget=case.budget))
+    yield Attack(knows, "mimicry, non-targeted", partial(mimicry, False, budget=case.budget))
+    yield Attack(knows, "mimicry, largest change 8", partial(mimicry, norm="linf"))
     if case.name != "lfw-mobilenet":  # whose Teacher comes without classes
         for method in METHODS:
             yield Attack(knows, f"{method} on the Teacher", partial(general, case.teacher, method))
@@ -135,9 +139,11 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     for factor in FACTORS:
         label = f"adaptive, own defence with {factor:g} times the ratios"
         yield Attack(rebuilding, label, partial(guessed, factor))
-    made = partial(guessed, 1.0, members="all", confidence=4.0)
-    yield Attack(rebuilding, "adaptive, own defence, all members, score 4 too high", made)
-    yield Attack("the masks", "mimicry of sampled members", by_masks)
+    made = partial(guessed, 1.0, members="all")
+    yield Attack(rebuilding, "adaptive, own defence, all members", made)
+    masks = "the Student, the masks"
+    yield Attack(masks, "adaptive, own heads", partial(guessed, 1.0, True))
+    yield Attack(masks, "mimicry of sampled members", by_masks)
     for members in ("fixed", "sampled", "all"):
         made = partial(adaptive, defence, members=members)
         yield Attack(MODEL, f"adaptive, {members} members", made)

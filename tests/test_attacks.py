@@ -317,6 +317,13 @@ def test_a_source_equal_to_its_target_is_no_trouble(student: Any, images: Images
     assert (result.distance < 1e-3).all()
 
 
+def test_each_image_finds_its_own_penalty(trained: Trained) -> None:
+    """With a thousandth of the usual weight all images would stay where they began."""
+    usual, cheap = trained.attack(budget=0.01), trained.attack(budget=0.01, penalty=1e3)
+    assert cheap.within_budget.all()
+    assert cheap.distance.mean() < 1.3 * usual.distance.mean()
+
+
 def test_what_never_gets_within_budget_is_reported_and_not_replaced(trained: Trained) -> None:
     result = trained.attack(budget=1e-6, penalty=1.0, steps=30)
     assert not result.within_budget.any()

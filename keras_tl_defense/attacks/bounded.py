@@ -23,6 +23,8 @@ _RULES: dict[str, tuple[Callable[[float], Rule], float]] = {
     "adadelta": (adadelta, 1.0),
     "adam": (adam, 0.01),
 }
+_DEARER, _CHEAPER = 2.0, 1 / 1.5  # an image's penalty after steps that leave it over budget, or not
+_MOST = 1000.0  # times the penalty, or a part of it
 _RESTART_NOISE = 0.03  # of the variable, where 1 is about half of the grey levels
 
 
@@ -61,7 +63,8 @@ class Found(NamedTuple):
 class BoundedDescent:
     """Change images so that something becomes small, within a budget.
 
-    Minimises `penalty * max(measure - budget, 0)² + aim`; see `MimicryAttack`.
+    Minimises `penalty * max(measure - budget, 0)² + aim`; see `MimicryAttack`. Each image has its
+    own penalty, which rises while the image is over budget and falls while it is not.
 
     Args:
         aim: Maps images of shape `(batch, H, W, C)` and the context to numbers of shape `(batch,)`.
@@ -70,7 +73,7 @@ class BoundedDescent:
         restarts: Further tries, from noise on the sources.
         optimizer: `"adadelta"` or `"adam"`.
         learning_rate: Of the optimizer; `None` takes 1 for Adadelta and 0.01 for Adam.
-        penalty: Weight of leaving the budget; `None` takes `1000 / budget²`.
+        penalty: Weight of leaving the budget at first; `None` takes `100 / budget²`.
         batch_size: Images at once.
         seed: Decides the noise of restarts.
         hint: What to do where a gradient is no number.
@@ -95,7 +98,7 @@ class BoundedDescent:
         self.restarts = check_integer("restarts", restarts, 0)
         rule, usual = _RULES[check_choice("optimizer", optimizer, tuple(_RULES))]
         rate = check_positive("learning_rate", usual if learning_rate is None else learning_rate)
-        penalty = 1000 / limit.budget**2 if penalty is None else penalty
+        penalty = 100 / limit.budget**2 if penalty is None else penalty
         self.penalty = check_positive("penalty", penalty)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         received = f"Received: penalty={self.penalty}"
@@ -180,10 +183,12 @@ class BoundedDescent:
         box = self._limit.box(original)
         written = box.write(original)
         state = self._descent.start(delta)
+        weight = np.full(len(original), self.penalty, np.float32)
         done = 0
         while done < steps:
             count, given = min(_CHECK_EVERY, steps - done), context(done)
-            state = self._descent(state, (written, original, *given), done, count)
+            known = (written, original, tf.constant(weight), *given)
+            state = self._descent(state, known, done, count)
             done += count
             raw = box.read(written + state[0]).numpy()
             images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
@@ -192,15 +197,22 @@ class BoundedDescent:
             likeness = measure = dssim(crafted, original).numpy()
             if self._limit.norm != "dssim":
                 measure = self._limit.measure(crafted, original).numpy()
+            weight *= np.where(measure > self._limit.budget, _DEARER, _CHEAPER)
+            weight = np.clip(weight, self.penalty / _MOST, self.penalty * _MOST)
             best.improve(Found(images, raw, aim, likeness, measure), self._limit.budget)
             bar.add(count, [("aim", float(best.aim.mean()))])
 
     def _loss(
-        self, delta: tf.Tensor, written: tf.Tensor, original: tf.Tensor, *context: tf.Tensor
+        self,
+        delta: tf.Tensor,
+        written: tf.Tensor,
+        original: tf.Tensor,
+        weight: tf.Tensor,
+        *context: tf.Tensor,
     ) -> tf.Tensor:
         image = self._limit.box(original).read(written + delta)
         aim = self._aim(image, *context)
         if not self._limit.penalised:
             return aim
         excess = tf.nn.relu(self._limit.measure(image, original) - self._limit.budget)
-        return self.penalty * tf.square(excess) + aim
+        return weight * tf.square(excess) + aim

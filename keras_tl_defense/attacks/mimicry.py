@@ -47,7 +47,9 @@ class MimicryAttack:
         optimizer: `"adadelta"`, as in the paper, or `"adam"`, which succeeded as often with a
             quarter of the steps on faces. Defaults to `"adadelta"`.
         learning_rate: Of the optimizer. Defaults to 1 for Adadelta and 0.01 for Adam.
-        penalty: Weight of leaving the budget. Defaults to `1000 / budget²`, which is 1e7 at 0.01.
+        penalty: Weight of leaving the budget, at first: every ten steps each image's own doubles
+            where it is over budget, and falls by a third where it is not. Defaults to `100 /
+            budget²`, which is 1e6 at 0.01.
         batch_size: Images that are crafted at once. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what the Teacher takes, when it does not
             take images in 0..255.
