@@ -138,8 +138,11 @@ class GeneralAttack:
             check_finite(check_images(x_source, shape, "x_source"), name="x_source"), "x_source"
         )
         own, wanted = (
-            None if labels is None else check_labels(labels, self._classes, len(source), name)
-            for name, labels in (("y_source", y_source), ("y_target", y_target))
+            None if labels is None else check_labels(labels, classes, len(source), name)
+            for name, labels, classes in (
+                ("y_source", y_source, None),  # a Teacher may have fewer than the Student
+                ("y_target", y_target, self._classes),
+            )
         )
         if wanted is None and self._defended:
             raise ValueError(
