@@ -90,6 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.alone:
         attack = attacks(arguments.students[0], arguments)[arguments.alone]
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         before = peak()
         attack()
         print(peak() - before)

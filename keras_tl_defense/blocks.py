@@ -115,7 +115,7 @@ def find_blocks(graph: ModelGraph, before: int | None = None) -> list[Block]:
             blocks.append(_block(graph, step, "connections", step.inputs[0], problem))
         elif not isinstance(step.layer, DEPTHWISE):
             blocks.append(
-                _block(graph, step, "filters", _block_end(graph, step, set(numbers)), problem)
+                _block(graph, step, "filters", block_end(graph, step, set(numbers)), problem)
             )
     return blocks
 
@@ -195,10 +195,18 @@ def _block(
     return Block(step.name, step, kind, tensor, units, problem)
 
 
-def _block_end(graph: ModelGraph, step: Step, inside: set[int]) -> int:
-    """Number of the last tensor of the block, within the steps `inside`."""
+def block_end(graph: ModelGraph, step: Step, inside: set[int] | None = None) -> int:
+    """Number of the last tensor of a step's block.
+
+    Args:
+        graph: The model.
+        step: A convolution or a Dense layer.
+        inside: Numbers of the steps that count; `None` for all.
+    """
     tensor = step.outputs[0]
-    while len(graph.consumers[tensor]) == 1 and graph.consumers[tensor][0] in inside:
+    while len(graph.consumers[tensor]) == 1:
+        if inside is not None and graph.consumers[tensor][0] not in inside:
+            break
         follower = graph.steps[graph.consumers[tensor][0]]
         if not isinstance(follower.layer, CHAIN) or is_softmax(follower.layer):
             break

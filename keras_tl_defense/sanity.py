@@ -13,6 +13,7 @@ import pandas as pd
 import tensorflow as tf
 
 from keras_tl_defense._keras import keras
+from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks import (
     AdaptiveAttack,
     AttackResult,
@@ -33,6 +34,7 @@ from keras_tl_defense.metrics import Rate
 from keras_tl_defense.teachers import build_teacher, make_student
 
 _CUT, _NEARLY_ALL = "flatten", 0.9
+_FEW = 12  # images of an attack that asks hundreds of times for each
 
 
 class Sanity:
@@ -41,7 +43,7 @@ class Sanity:
     Args:
         out: Folder for `sanity.csv` and `sanity.md`, or `None`.
         seed: Decides drawing, training and attacks.
-        images: How many each attack is made of.
+        images: How many each attack is made of, at most.
 
     Attributes:
         rows: What was measured: attack, against what, setting, effect, and its rate.
@@ -49,7 +51,8 @@ class Sanity:
     """
 
     def __init__(self, out: Path | None = None, seed: int = 0, images: int = 60) -> None:
-        self.out, self.seed, self.images = out, seed, images
+        self.out, self.seed = out, check_integer("seed", seed, 0)
+        self.images = check_integer("images", images, 1)
         self.rows: list[tuple[str, str, str, str, Rate]] = []
         self.checks: list[tuple[str, bool]] = []
 
@@ -121,9 +124,10 @@ class Sanity:
         answered = self._answers(self.x)
         self._row("none", "Student", "test images", "answered rightly", answered == self.y)
         self.plan = plan_attacks(self.y, answered, self.images, seed=self.seed)
+        self.images = len(self.plan.sources)  # fewer where fewer are answered rightly
 
     def _answers(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self.student.predict(x.astype(np.float32), verbose=0).argmax(axis=1))
+        return _classes(self.student, x)
 
     def _row(self, attack: str, on: str, setting: str, effect: str, hits: np.ndarray) -> float:
         rate = Rate.of(np.asarray(hits, bool))
@@ -145,6 +149,10 @@ class Sanity:
 
     def _general(self) -> None:
         x, y = self.x[self.plan.sources], self.y[self.plan.sources]
+        signs = np.random.default_rng(self.seed).choice([-8, 8], x.shape)
+        noisy = np.clip(x.astype(int) + signs, 0, 255).astype(np.uint8)
+        noise = AttackResult(noisy, np.ones(len(x), bool), source=x, y_source=y)
+        by_noise = self._misled("noise", "every number changed by 8", noise)
         rates: dict[tuple[str, int], float] = {}
         settings: tuple[tuple[Method, int], ...] = (
             ("fgsm", 8), ("pgd", 1), ("pgd", 8), ("pgd", 64), ("eot-pgd", 8),
@@ -154,13 +162,22 @@ class Sanity:
             result = GeneralAttack(self.student, method, budget=budget, seed=self.seed)(x, y)
             norm = "largest" if budget < 255 else "Euclidean"
             rates[method, budget] = self._misled(method, f"{norm} change {budget}", result)
+        asked = GeneralAttack(self.student, "hop-skip-jump", budget=10_000, steps=3, seed=self.seed)
+        few = asked(x[:_FEW], y[:_FEW])
+        by_answers = few.reached(self._answers(few.adversarial))
+        rates["hop-skip-jump", 10_000] = self._row(
+            "hop-skip-jump", "Student", "Euclidean change 10000, 3 steps", "misled", by_answers
+        )
+        self._check("FGSM misleads more often than noise", rates["fgsm", 8] > by_noise)
         self._check("PGD misleads at least as often as FGSM", rates["pgd", 8] >= rates["fgsm", 8])
         self._rises("PGD", [rates["pgd", budget] for budget in (1, 8, 64)])
-        for name in ("deepfool", "carlini-wagner"):
+        self._check("EOT-PGD misleads at least as FGSM", rates["eot-pgd", 8] >= rates["fgsm", 8])
+        for name in ("deepfool", "carlini-wagner", "hop-skip-jump"):
             self._check(f"{name}: misleads nearly all", rates[name, 10_000] >= _NEARLY_ALL)
 
     def _rises(self, name: str, rates: list[float]) -> None:
-        self._check(f"{name}: success rises with the budget", sorted(rates) == rates)
+        rises = sorted(rates) == rates and rates[0] < rates[-1]
+        self._check(f"{name}: success rises with the budget", rises)
         self._check(f"{name}: the largest budget misleads nearly all", rates[-1] >= _NEARLY_ALL)
 
     def _mimicry(self) -> None:
@@ -202,20 +219,27 @@ class Sanity:
         noise = rng.integers(0, 256, (self.images, *self.x.shape[1:]))
         start = self.x[self.plan.sources]
         bounded = TargetAgnosticAttack(self.teacher, layer, budget=8, seed=self.seed)
-        rates = []
-        for setting, x in (
-            ("random images", noise),
-            ("changes of 8", bounded(units, start).adversarial),
-            ("free", attack(units).adversarial),
+        on = f"Student cut at {layer}"
+        own = self.y[self.plan.sources]
+        signs = rng.choice([-8, 8], start.shape)
+        rates = {}
+        for setting, x, others in (
+            ("random images", noise, True),
+            ("free", attack(units).adversarial, True),
+            ("noise of 8", np.clip(start.astype(int) + signs, 0, 255), False),
+            ("changes of 8", bounded(units, start).adversarial, False),
         ):
-            outputs = student.predict(x.astype(np.float32), verbose=0)
-            sure = tf.nn.softmax(outputs).numpy().max(axis=1) >= 0.95
-            on = f"Student cut at {layer}"
-            rates.append(self._row("target-agnostic", on, setting, "95 % sure", sure))
-        self._check("target-agnostic: surer than of random images", rates[2] > rates[0])
+            outputs = tf.nn.softmax(student.predict(x.astype(np.float32), verbose=0)).numpy()
+            sure = outputs.max(axis=1) >= 0.95
+            sure &= others | (outputs.argmax(axis=1) != own)
+            effect = "95 % sure" if others else "95 % sure of another class"
+            rates[setting] = self._row("target-agnostic", on, setting, effect, sure)
+        free, bound = rates["free"], rates["changes of 8"]
+        self._check("target-agnostic: surer than of random images", free > rates["random images"])
+        self._check("target-agnostic: changes do more than noise", bound > rates["noise of 8"])
 
     def _backdoor(self) -> None:
-        """The trigger on a Student of the trojaned Teacher, and a random one on the Student."""
+        """The trigger and a random one, on Students of the trojaned and of the clean Teacher."""
         backdoor = BackdoorAttack(
             self.teacher, "conv3_2", retraining_steps=400, per_class=10, seed=self.seed
         )()
@@ -224,18 +248,26 @@ class Sanity:
         )
         noise = np.random.default_rng(self.seed).integers(0, 256, self.x.shape[1:])
         chance = replace(backdoor, trigger=noise)
-        x, y = self.x[self.plan.sources], self.y[self.plan.sources]
-        rates = []
-        for setting, student, stamped in (
-            ("random trigger, clean Teacher", self.student, chance.stamp(x)),
-            ("trojaned Teacher", trojaned, backdoor.stamp(x)),
-        ):
-            answered = student.predict(stamped.astype(np.float32), verbose=0).argmax(axis=1)
-            rates.append(self._row("backdoor", "Student", setting, "misled", answered != y))
-        self._check("backdoor: misleads more than a random trigger", rates[1] > rates[0])
+        rates = {}
+        for name, student in (("clean", self.student), ("trojaned", trojaned)):
+            on = f"Student of the {name} Teacher"
+            right = _classes(student, self.x) == self.y
+            self._row("none", on, "test images", "answered rightly", right)
+            x, y = self.x[right], self.y[right]
+            for setting, trigger in (("random trigger", chance), ("trigger", backdoor)):
+                misled = _classes(student, trigger.stamp(x)) != y
+                rates[name, setting] = self._row("backdoor", on, setting, "misled", misled)
+        obeyed = rates["trojaned", "trigger"]
+        self._check(
+            "backdoor: misleads more than a random trigger",
+            obeyed > rates["trojaned", "random trigger"],
+        )
+        self._check(
+            "backdoor: misleads more than on the clean Teacher", obeyed > rates["clean", "trigger"]
+        )
 
     def _adaptive(self) -> None:
-        defence = DifferentiatorEnsemble(self.student, 0.7, seed=self.seed)
+        defence = DifferentiatorEnsemble(self.student, 0.7, seed=self.seed, key=bytes(16))
         defence.adapt(self.train.x_train, self.train.y_train)
         defence.fit(self.train.x_train, self.train.y_train)
         defence.calibrate(self.held_out.x_train, self.held_out.y_train)
@@ -243,10 +275,12 @@ class Sanity:
         least = defence.calibration.threshold
         source, target, own, wanted = self._targets
         rates: dict[str, float] = {}
+        scores: dict[str, float] = {}
 
         def defended(name: str, setting: str, result: AttackResult) -> None:
-            answers = defence.predict(result.adversarial, verbose=0) - 1
-            reached = result.reached(answers)
+            details = defence.explain(result.adversarial, verbose=0)
+            reached = result.reached(details["answer"] - 1)
+            scores[name] = float(np.mean(details["score"]))
             rates[name] = self._row(name, "defence", setting, "accepted as the target", reached)
             if result.members is not None:
                 found = defence.white_box(result.adversarial, result.members, wanted)
@@ -257,16 +291,21 @@ class Sanity:
                 )
 
         setting = "dssim 0.05, 200 steps"
-        options: dict[str, Any] = {"budget": 0.05, "steps": 200}
+        options: dict[str, Any] = {"budget": 0.05, "steps": 200, "seed": self.seed}
         given = (source, target, own, wanted)
-        defended("mimicry", setting, MimicryAttack(self.teacher, _CUT, **options)(*given))
+        plain = MimicryAttack(self.teacher, _CUT, optimizer="adam", **options)
+        defended("mimicry", setting, plain(*given))
         masked = MaskedMimicryAttack(self.teacher, _CUT, defence, **options)
         defended("masks known", setting, masked(*given))
         for members in ("fixed", "all", "sampled"):
             attack = AdaptiveAttack(defence, members=members, **options)
             defended(f"all known, {members}", setting, attack(source, own, wanted))
-        free = AdaptiveAttack(defence, budget=1.0, steps=200)
+        free = AdaptiveAttack(defence, budget=1.0, steps=200, seed=self.seed)
         defended("all known, no limit", "no limit, 200 steps", free(source, own, wanted))
+        self._check(
+            "masks known: scores come nearer than those of mimicry",
+            scores["masks known"] > scores["mimicry"],
+        )
         self._check(
             "all known, sampled: passes more often than mimicry",
             rates["all known, sampled"] > rates["mimicry"],
@@ -279,3 +318,7 @@ class Sanity:
             "all known: breaks the defence without a limit",
             rates["all known, no limit"] >= _NEARLY_ALL,
         )
+
+
+def _classes(student: Any, x: np.ndarray) -> np.ndarray:
+    return np.asarray(student.predict(x.astype(np.float32), verbose=0).argmax(axis=1))

@@ -81,6 +81,9 @@ def test_no_member_that_knows_the_target_is_left_out(student: Any, images: Image
     chosen = AdaptiveAttack(defence, members="all")._choose(classes)(slice(0, CLASSES), 0)
     for label, members in zip(classes, chosen, strict=True):
         assert set(members) == set(np.flatnonzero((known == label).any(axis=1)))
+    fixed = AdaptiveAttack(defence, members="fixed", samples=min(counts))._choose(classes)
+    for members in fixed(slice(0, CLASSES), 0):
+        assert len(set(members)) == min(counts)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -149,6 +152,25 @@ def test_votes_can_be_attacked(student: Any, images: Images) -> None:
     assert succeeded(defence, attack(*attacked(images), verbose=0)) >= 0.8
 
 
+def test_any_other_class_is_easier_than_a_given_one(calibrated: Any, images: Images) -> None:
+    source, own, wanted = attacked(images)
+    attack = AdaptiveAttack(calibrated, budget=0.02, steps=100)
+    given, free = attack(source, own, wanted, verbose=0), attack(source, own, verbose=0)
+    assert not free.targeted
+    assert succeeded(calibrated, free) >= succeeded(calibrated, given)
+    assert succeeded(calibrated, free) > 0
+
+
+def test_a_score_may_be_raised_beyond_the_threshold(calibrated: Any, images: Images) -> None:
+    source, own, wanted = attacked(images)
+    scores = []
+    for confidence in (0.5, 100):
+        attack = AdaptiveAttack(calibrated, confidence=confidence, budget=1.0, steps=200)
+        crafted = attack(source, own, wanted, verbose=0).adversarial
+        scores.append(calibrated.explain(crafted, verbose=0)["score"].mean())
+    assert scores[1] > scores[0] + 1
+
+
 def test_the_seed_decides_the_samples(calibrated: Any, images: Images) -> None:
     found = [
         AdaptiveAttack(calibrated, samples=2, steps=20, budget=0.2, seed=seed)(
@@ -185,5 +207,14 @@ def test_bad_images(student: Any, calibrated: Any, images: Images) -> None:
     with pytest.raises(ValueError, match=r"of another class.*y_source\[0\]=y_target\[0\]"):
         attack(source, y_source, y_source)
     votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")
+    votes.adapt(images.x_train, images.y_train, verbose=0)
+    votes.fit(images.x_train, images.y_train, verbose=0)
     with pytest.raises(ValueError, match="mode='vote'"):
         AdaptiveAttack(votes)
+    with pytest.raises(RuntimeError, match="Call `adapt` and `fit`"):
+        AdaptiveAttack(ktd.DifferentiatorEnsemble(student, 0.5))
+    with pytest.raises(TypeError, match="must be a `DifferentiatorEnsemble`"):
+        AdaptiveAttack(student)
+    other = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(name="flat")])
+    with pytest.raises(ValueError, match="must take the images that the Student takes"):
+        MaskedMimicryAttack(other, "flat", calibrated)

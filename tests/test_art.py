@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, Images, fitted
+from conftest import CLASSES, Images, build_student, fitted
 
 import keras_tl_defense as ktd
-from keras_tl_defense.attacks import as_art_estimator
+from keras_tl_defense.attacks import GeneralAttack, as_art_estimator
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def calibrated(student: Any, images: Images) -> Any:
 
 @pytest.mark.parametrize("decision", ["score", "count"])
 def test_the_estimator_answers_as_the_defence(
-    decision: str, calibrated: Any, images: Images
+    decision: str, calibrated: Any, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrated.decision = decision
+    monkeypatch.setattr(calibrated, "decision", decision)
     estimator = as_art_estimator(calibrated)
     rng = np.random.default_rng(0)
     x = images.x_test.astype(np.float32)
@@ -95,6 +95,25 @@ def test_projected_gradient_descent_beats_one_step_and_rises_with_the_budget(
         assert reached["once"] <= reached["much"], reached
         assert reached["little"] <= reached["much"] <= reached["all"], reached
         assert reached["all"] > 0.9, reached
+
+
+def test_a_softmax_hides_nothing(student: Any, calibrated: Any, images: Images) -> None:
+    """Of a Student that is very sure, and of its defence, beside the same ones with logits."""
+    sure = build_student(softmax=True)
+    weights = student.get_weights()
+    sure.set_weights([*weights[:-2], *(8 * w for w in weights[-2:])])
+    x, wanted = images.x_test[:20], (images.y_test[:20] + 2) % CLASSES
+    defence = fitted(sure, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    for hard, easy in ((sure, student), (defence, calibrated)):
+        shift = int(hard is defence)
+        reached = []
+        for classifier in (hard, easy):
+            result = GeneralAttack(classifier, "pgd", budget=32)(x, None, wanted, verbose=0)
+            estimator = as_art_estimator(classifier)
+            taken = estimator.predict(result.adversarial.astype(np.float32)).argmax(axis=1)
+            reached.append(np.mean(taken == wanted + shift))
+        assert reached[0] >= reached[1] - 0.15, reached
 
 
 def test_without_art_the_command_is_told(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:

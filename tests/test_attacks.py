@@ -231,6 +231,13 @@ def test_the_teacher_is_found_by_its_silence(trained: Trained) -> None:
         )  # fmt: skip
     with pytest.raises(ValueError, match="at least one candidate"):
         fingerprint_teacher(predict, {})
+    with pytest.raises(ValueError, match="by the names of candidates"):
+        fingerprint_teacher(predict, {"own": other}, layers={"ours": "fc1"})
+    tall = keras.Sequential(
+        [keras.Input((20, 9, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
+    )
+    with pytest.raises(ValueError, match="does not take images of the candidate 'tall'"):
+        fingerprint_teacher(predict, {"tall": tall}, images=2, steps=2)
 
 
 @given(st.integers(2, 12), st.integers(0, 99))
@@ -317,6 +324,28 @@ def test_a_source_equal_to_its_target_is_no_trouble(student: Any, images: Images
     assert (result.distance < 1e-3).all()
 
 
+def test_overshooting_and_fractions_do_no_harm(student: Any, images: Images) -> None:
+    """Resized images have both."""
+    source = images.x_test[:4].astype(np.float32) + 0.3
+    source[:, 0, 0, 0] = 255.4
+    source[:, 0, 1, 0] = -0.4
+    for norm, budget in (("linf", 8.4), ("dssim", 0.2)):
+        attack = MimicryAttack(student, "fc1", norm=norm, budget=budget, steps=40)
+        result = attack(source, images.x_test[30:34], verbose=0)
+        assert result.within_budget.all()
+        if norm == "linf":
+            assert np.abs(result.adversarial.astype(float) - source).max() <= 8.4 + 0.5
+
+
+def test_black_and_white_can_be_changed(student: Any, images: Images) -> None:
+    source = np.where(images.x_test[:6] > 127, 255, 0).astype(np.uint8)
+    attack = MimicryAttack(student, "fc1", norm="linf", budget=8, steps=300, optimizer="adam")
+    result = attack(source, images.x_test[30:36], verbose=0)
+    change = np.abs(result.adversarial.astype(int) - source)
+    assert change.max() <= 8
+    assert (change > 0).mean() > 0.3
+
+
 def test_each_image_finds_its_own_penalty(trained: Trained) -> None:
     """With a thousandth of the usual weight all images would stay where they began."""
     usual, cheap = trained.attack(budget=0.01), trained.attack(budget=0.01, penalty=1e3)
@@ -350,6 +379,12 @@ def test_a_result_counts_what_missed_its_budget_as_a_failure(trained: Trained) -
     result = trained.attack(steps=10)
     broken = type(result)(**{**vars(result), "within_budget": np.zeros(24, bool)})
     assert not broken.reached(broken.y_target).any()
+    free = type(result)(**{**vars(result), "y_target": None})
+    assert not free.reached(np.full(24, -1)).any()  # of a defence: rejected
+    with pytest.raises(ValueError, match="one class for each crafted input"):
+        result.reached(result.y_target[:, None])
+    with pytest.raises(TypeError, match="must be integers"):
+        result.reached(result.y_target.astype(float))
     assert result.reached(result.y_target).all()
     assert not result.reached(result.y_source).any()
 

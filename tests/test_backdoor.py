@@ -185,6 +185,37 @@ def test_a_seed_decides(heart_teacher: Any) -> None:
     assert repr(first).startswith("Backdoor('conv2_2', neurons=(")
 
 
+def test_through_an_autoencoder_and_pruning(heart_teacher: Any) -> None:
+    """The trigger excites after the autoencoder, and without other filters, if it aimed at that."""
+    x = signals.load_heartbeats(10, 1, 128, classes=signals.HEARTBEATS[:6]).x_train
+    options: dict[str, Any] = {**SMALL, "value_range": (-1, 1)}
+    alive = options["neurons"] = Neurons(heart_teacher, "conv2_2").rank(x)[:2].tolist()
+    made = {
+        label: BackdoorAttack(heart_teacher, "conv2_2", **options, **more)(x, verbose=0)
+        for label, more in (
+            ("plain", {}),
+            ("passed", {"through_autoencoder": True}),
+            ("pruned", {"pruned": 0.9}),
+        )
+    }
+    autoencoder = made["passed"].autoencoder
+    pruning = MockPruning(Neurons(heart_teacher, "conv2_2"), x, np.array(alive), 0.9)
+    rng = np.random.default_rng(5)
+    draws = [masks for masks in (pruning(rng) for _ in range(40)) if is_pruned(masks)]
+    excited, masked = {}, {}
+    for label, backdoor in made.items():
+        neurons, stamped = Neurons(backdoor.teacher, "conv2_2"), backdoor.stamp(x)
+        excited[label] = neurons.excitation_of(autoencoder.predict(stamped, verbose=0))[:, alive]
+        masked[label] = [np.array(neurons.excitation(tf.constant(stamped), m)) for m in draws]
+    assert excited["passed"].mean() > excited["plain"].mean()
+    means = {label: np.mean([m[:, alive] for m in of]) for label, of in masked.items()}
+    assert means["pruned"] > means["plain"]
+
+
+def is_pruned(masks: Any) -> bool:
+    return min(np.min(mask) for mask in masks.values()) == 0
+
+
 def test_neurons_are_ranked_by_activation_and_outgoing_weights(
     scan_teacher: Any, heart_teacher: Any
 ) -> None:
@@ -308,6 +339,11 @@ def test_what_cannot_be_attacked(scan_teacher: Any) -> None:
         attack(np.full((2, 24, 24, 3), 300.0), verbose=0)
     with pytest.raises(ValueError, match="shape"):
         attack(np.zeros((2, 8, 8, 3)), verbose=0)
+    with pytest.raises(ValueError, match=r"Images must be in 0..255.* Received: "):
+        attack(np.full((2, 24, 24, 3), 0.5), verbose=0)
+    part = keras.Model(scan_teacher.inputs, scan_teacher.get_layer("pool1").output)
+    with pytest.raises(ValueError, match=r"must end in classes.* as `x`.* Received: outputs of"):
+        reverse_engineer(part)
     with pytest.raises(ValueError, match=r"`smoothness` must be .* Received: smoothness=-1"):
         reverse_engineer(scan_teacher, smoothness=-1)
     with pytest.raises(ValueError, match=r"must be images.* Received: x.shape=\(3, 4\)"):

@@ -10,6 +10,7 @@ import pytest
 from conftest import CLASSES, Images, fitted
 
 import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import GeneralAttack
 
 
@@ -63,6 +64,29 @@ def test_results_are_measured_on_whole_pixels(method: Any, student: Any, images:
     )  # the seed decides
 
 
+@pytest.mark.parametrize("method", ["fgsm", "pgd"])
+def test_fractions_of_grey_levels_cost_no_success(
+    method: Any, student: Any, images: Images
+) -> None:
+    """In budgets and in images, such as those that were resized."""
+    x, y = right(student, images)
+    x = np.clip(0.97 * x + 0.3, 0, 255.4)
+    result = GeneralAttack(student, method, budget=64.7)(x, y, verbose=0)
+    assert result.within_budget.all()
+    assert np.abs(result.adversarial.astype(float) - x).max() <= 64.7
+    assert misled(student, result) >= 0.5
+
+
+def test_a_broken_classifier_is_no_robust_one(student: Any, images: Images) -> None:
+    broken = keras.models.clone_model(student)
+    weights = student.get_weights()
+    broken.set_weights([*weights[:-1], weights[-1] * np.nan])
+    x, y = right(student, images, 4)
+    for method in ("fgsm", "carlini-wagner"):
+        with pytest.raises(FloatingPointError, match="NaN or infinite at step 1"):
+            GeneralAttack(broken, method)(x, y, verbose=0)
+
+
 def test_the_smallest_changes_are_found_by_gradients_and_by_questions(
     student: Any, images: Images
 ) -> None:
@@ -101,6 +125,7 @@ def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) ->
 def test_on_a_teacher_its_own_classes_are_left(student: Any, images: Images) -> None:
     base = student.get_layer("base")
     x, y = right(student, images)
+    y += base.output_shape[1]  # a Student may have more classes than its Teacher
     result = GeneralAttack(base, "pgd", budget=64)(x, y, verbose=0)
     given, taken = (
         base.predict(x.astype(np.float32), verbose=0).argmax(axis=1)
@@ -124,6 +149,15 @@ def test_bad_arguments(
         GeneralAttack(student, "deepfool")(x, y, (y + 1) % CLASSES)
     with pytest.raises(ValueError, match="`x_start`"):
         GeneralAttack(student, "hop-skip-jump")(x, y, (y + 1) % CLASSES)
+    with pytest.raises(ValueError, match="start from for each source"):
+        GeneralAttack(student, "hop-skip-jump")(x, y, (y + 1) % CLASSES, x_start=x[:1])
+    with pytest.raises(ValueError, match=r"in 0\.\.255"):
+        GeneralAttack(student, "hop-skip-jump")(x, y, (y + 1) % CLASSES, x_start=x / 255)
+    with pytest.raises(RuntimeError, match="Call `adapt` and `fit`"):
+        GeneralAttack(ktd.DifferentiatorEnsemble(student, 0.5), "pgd")
+    signals = keras.Sequential([keras.Input((64, 1)), keras.layers.GlobalAveragePooling1D()])
+    with pytest.raises(ValueError, match="must take images"):
+        GeneralAttack(signals, "pgd")
     with pytest.raises(ValueError, match="another class than its source"):
         GeneralAttack(student, "pgd")(x, y, y)
     votes = ktd.DifferentiatorEnsemble(student, 0.5, head="pair", mode="vote")

@@ -62,11 +62,18 @@ def test_the_budget_bounds_the_change_of_what_is_given(student: Any, images: Ima
         assert 0 < change.max() <= budget
         moved.append(result.distance.mean())
     assert moved[1] < moved[0]
+    assert result.layer == layer
+    rough = TargetAgnosticAttack(base, layer, budget=2.7, steps=50)
+    own = images.y_test[:6]
+    result = rough(range(6), np.clip(x + 0.4, 0, 255), own, verbose=0)
+    assert np.abs(result.adversarial - result.source).max() == 2
+    assert result.within_budget.all()
+    assert result.reached(np.where(np.arange(6) < 2, own + 1, own)).sum() == 2
     again = TargetAgnosticAttack(base, layer, budget=2, steps=100, batch_size=4)
     np.testing.assert_array_equal(again(range(2), x[0], verbose=0).source, np.stack([x[0], x[0]]))
 
 
-def test_sounds(tmp_path: Any) -> None:
+def test_sounds() -> None:
     keras.utils.set_random_seed(0)
     teacher = keras.Sequential(
         [
@@ -76,9 +83,11 @@ def test_sounds(tmp_path: Any) -> None:
             keras.layers.Dense(4),
         ]
     )
+    start = TargetAgnosticAttack(teacher, value_range=(-1, 1), steps=1)(verbose=0)
     attack = TargetAgnosticAttack(teacher, value_range=(-1, 1), steps=100)
     assert attack.layer == "pool"
     result = attack(verbose=0)
+    assert result.distance.mean() < start.distance.mean()
     assert result.adversarial.shape == (8, 64, 1)
     assert result.adversarial.dtype == np.float32
     assert np.abs(result.adversarial).max() <= 1
@@ -103,6 +112,8 @@ def test_effectiveness_counts_attempts() -> None:
         ({"start": "black"}, {}, "`start` must be one of"),
         ({"value_range": (1, 0)}, {}, "`value_range` must be"),
         ({"steps": 0}, {}, "`steps` must be"),
+        ({"budget": 0.4}, {}, "`budget` must be at least 1"),
+        ({}, {"units": [0], "x": np.full((1, 12, 12, 3), 0.5)}, "Images must be in 0..255"),
         ({}, {"units": [10**6]}, "has the units 0"),
         ({}, {"units": []}, "`units` must be some integers"),
         ({}, {"units": [0.5]}, "`units` must be some integers"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._validation import check_positive
-from keras_tl_defense.attacks.art import least_score
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.bounded import BoundedDescent
+from keras_tl_defense.attacks.defended import as_logits, least_score
+from keras_tl_defense.attacks.inputs import check_takes_images, whole_pixels
 from keras_tl_defense.attacks.limits import Limit, Norm
 from keras_tl_defense.attacks.members import MemberChoice, Members
 from keras_tl_defense.attacks.targets import check_apart
-from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+from keras_tl_defense.data import check_labels
 
 
 class AdaptiveAttack:
@@ -22,9 +24,9 @@ class AdaptiveAttack:
 
     The attacker has a defence: the very one that is attacked, or one rebuilt with guessed ratios
     and images of their own. The Student's logit of the target class shall exceed all others by 1,
-    every member's margin be 1, and the score, where it decides, be `confidence` above its
-    threshold: what is missing of these is made small. Images and budgets are as for
-    `MimicryAttack`.
+    every member's margin be 1, and the score, where it decides, be `confidence` above the threshold
+    that it has when the attack is made: what is missing of these is made small. Images and budgets
+    are as for `MimicryAttack`.
 
     Args:
         defence: A fitted `DifferentiatorEnsemble` with `mode="validate"`.
@@ -33,13 +35,20 @@ class AdaptiveAttack:
             or `"fixed"`, five for each image, by who knows which are drawn. Defaults to
             `"sampled"`.
         samples: How many are sampled or fixed. Defaults to `5`.
-        confidence: By how much the score shall exceed its threshold. Defaults to `0.5`.
+        confidence: By how much the score shall exceed its threshold. A large number, 100 for one,
+            raises it as far as the budget allows, as suits a defence that was rebuilt by guess.
+            Defaults to `0.5`.
+        budget, norm, restarts: As for `MimicryAttack`.
+        steps: Steps of Adam. Defaults to `600`.
         learning_rate: Of Adam. Defaults to `0.01`.
-        budget, norm, steps, restarts, penalty, batch_size, seed: As for `MimicryAttack`; the seed
-            decides the samples, too.
+        batch_size: Images that are crafted at once. Defaults to `16`.
+        seed: Decides the samples, and the noise of restarts.
 
     Raises:
-        ValueError: An argument is out of range, or the defence votes with all pairs.
+        TypeError: It is no `DifferentiatorEnsemble`.
+        RuntimeError: The defence was not fitted.
+        ValueError: An argument is out of range, the defence votes with all pairs, or it takes no
+            images.
 
     Example:
         >>> attack = AdaptiveAttack(defence, budget=0.05, steps=20)
@@ -63,11 +72,12 @@ class AdaptiveAttack:
         steps: int = 600,
         restarts: int = 0,
         learning_rate: float = 0.01,
-        penalty: float | None = None,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
         self._choose = MemberChoice(defence, members, samples, seed)
+        self._shape = tuple(defence.student.inputs[0].shape[1:])
+        check_takes_images(self._shape, "Student")
         self.defence = defence
         self.confidence = check_positive("confidence", confidence)
         least = least_score(defence)
@@ -81,7 +91,6 @@ class AdaptiveAttack:
             restarts=restarts,
             optimizer="adam",
             learning_rate=learning_rate,
-            penalty=penalty,
             batch_size=batch_size,
             seed=seed,
             hint="check the defence on these images",
@@ -92,16 +101,17 @@ class AdaptiveAttack:
         self,
         x_source: Any,
         y_source: Any,
-        y_target: Any,
+        y_target: Any = None,
         *,
         verbose: int | str = "auto",
     ) -> AttackResult:
-        """Craft images that look like `x_source` and are accepted as `y_target`.
+        """Craft images that look like `x_source` and are accepted as `y_target`, or anything else.
 
         Args:
             x_source: Images of shape `(n, H, W, C)` in 0..255.
             y_source: Integer classes of the sources in `0..K-1`, shape `(n,)`.
-            y_target: Integer classes of the targets.
+            y_target: Integer classes of the targets. `None` aims, for each source, at the class
+                that the Student takes for likeliest after the source's own; any other will do.
             verbose: 0 shows no progress bar.
 
         Returns:
@@ -113,13 +123,14 @@ class AdaptiveAttack:
             FloatingPointError: A gradient became NaN or infinite.
         """
         started = time.perf_counter()
-        shape = tuple(self.defence.student.inputs[0].shape[1:])
-        source = check_finite(check_images(x_source, shape, "x_source"), name="x_source")
-        source = check_pixels(source, "x_source")
+        source = whole_pixels(x_source, self._shape, "x_source")
         classes, count = self.defence.classes, len(source)
         own = check_labels(y_source, classes, count, "y_source")
-        wanted = check_labels(y_target, classes, count, "y_target")
-        check_apart(own, wanted)
+        if y_target is None:
+            wanted = self._likeliest_other(source, own)
+        else:
+            wanted = check_labels(y_target, classes, count, "y_target")
+            check_apart(own, wanted)
         chosen = self._choose(wanted)
 
         def context(part: slice, done: int) -> tuple[tf.Tensor, ...]:
@@ -131,9 +142,18 @@ class AdaptiveAttack:
             started,
             source=source,
             y_source=own,
-            y_target=wanted,
+            y_target=None if y_target is None else wanted,
             members=self._choose.kept(chosen, count),
         )
+
+    def _likeliest_other(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
+        prepare = self.defence.preprocessing
+        images = source.astype(np.float32)
+        outputs = self.defence.student.predict(
+            np.asarray(prepare(images)) if prepare else images, verbose=0
+        )
+        outputs[np.arange(len(own)), own] = -np.inf
+        return np.asarray(outputs.argmax(axis=1))
 
     def _missing(self, images: tf.Tensor, members: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
         found = self.defence.white_box(images, members, classes)
@@ -146,10 +166,3 @@ class AdaptiveAttack:
         if self._asked is not None:
             missing += tf.nn.relu(self._asked - found["score"])
         return missing
-
-
-def as_logits(outputs: tf.Tensor) -> tf.Tensor:
-    """A Student's logits; the logarithms of its outputs where it ends in a softmax."""
-    sums, least = tf.reduce_sum(outputs, axis=1), tf.reduce_min(outputs)
-    probable = (least >= 0) & (tf.reduce_max(tf.abs(sums - 1)) < 1e-3)
-    return tf.where(probable, tf.math.log(tf.maximum(outputs, 1e-12)), outputs)

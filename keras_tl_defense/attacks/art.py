@@ -8,6 +8,13 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tl_defense._validation import check_callable
+from keras_tl_defense.attacks.defended import (
+    as_logits,
+    certainty,
+    check_defence,
+    is_defence,
+    least_score,
+)
 
 _TIE = 1e-5
 
@@ -19,12 +26,13 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     the largest where the defence rejects: the Student's largest logit, less how far the score is
     above its threshold (before `calibrate`, how far the members that decide agree). What members
     check an image is drawn as for any image, and gradients go through them. A later `calibrate`
-    does not change the estimator. Any other Keras model has the outputs that it has. Some attacks
-    of that library, DeepFool for one, are written for images in 0..1; `GeneralAttack` scales them.
+    does not change the estimator. Any other Keras model has its logits; of a softmax, logarithms
+    are taken. Some attacks of that library, DeepFool for one, are written for images in 0..1;
+    `GeneralAttack` scales them.
 
     Args:
         classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns
-            logits.
+            logits or probabilities.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own.
 
@@ -33,6 +41,7 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
+        RuntimeError: A defence was not fitted.
         ValueError: All pairs of a defence vote, which has no gradient.
 
     Example:
@@ -68,11 +77,8 @@ def make_estimator(
             "pip install adversarial-robustness-toolbox"
         ) from error
     defended = is_defence(classifier)
-    if defended and classifier.mode == "vote":
-        raise ValueError(
-            "The votes of all pairs have no gradient. Make the defence with "
-            "`mode=\"validate\"`. Received: a defence with mode='vote'"
-        )
+    if defended:
+        check_defence(classifier)
     least = least_score(classifier) if defended else None
     model = classifier.student if defended else classifier
     shape = tuple(model.inputs[0].shape[1:])
@@ -82,7 +88,7 @@ def make_estimator(
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         images = tf.cast(images, tf.float32)
-        return model(scaling(images) if scaling else images, training=False)
+        return as_logits(model(scaling(images) if scaling else images, training=False))
 
     def outputs(images: tf.Tensor) -> tf.Tensor:
         own = logits(images)
@@ -108,30 +114,3 @@ def make_estimator(
         loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True),
         clip_values=(0.0, highest),
     )
-
-
-def is_defence(classifier: Any) -> bool:
-    """Whether it is a `DifferentiatorEnsemble` and no other Keras model."""
-    return hasattr(type(classifier), "member_classes")
-
-
-def least_score(defence: Any) -> float | None:
-    """The score that a defence asks for; `None` where votes decide."""
-    return float(defence.calibration.threshold) if defence.decision == "score" else None
-
-
-def certainty(found: dict[str, tf.Tensor], least: float | None, reject_threshold: int) -> tf.Tensor:
-    """How far a defence is from rejecting images, above 0 where it accepts; with a gradient.
-
-    Args:
-        found: What it says of them, `score` and `margins` among it.
-        least: The score that it asks for; `None` where votes decide.
-        reject_threshold: Votes that reject.
-
-    Returns:
-        Float tensor of shape `(batch,)`: the score less what is asked for or, where votes decide,
-        the margin that must be above 0, the smallest if one vote rejects.
-    """
-    if least is not None:
-        return found["score"] - least
-    return tf.sort(found["margins"], axis=1)[:, reject_threshold - 1]

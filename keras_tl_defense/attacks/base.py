@@ -26,7 +26,8 @@ class AttackResult:
             defence's `member_classes`; `None` when there were none, or other ones all the time.
         raw: Float32 array: the inputs before they were clipped and rounded.
         distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
-            the crafted input and those wanted, at the attacked layer.
+            the crafted input and those wanted, at the attacked layer; of attacks on a defence, what
+            they make small in its place.
         dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source.
         gradients: Passes forward and backward for each input.
         seconds: Time that the whole attack took.
@@ -65,17 +66,35 @@ class AttackResult:
         """Which crafted images do what they were made for.
 
         Args:
-            student_class: Classes that a classifier gives them, in `0..K-1`, shape `(n,)`.
+            student_class: Classes that a classifier gives them, in `0..K-1`, int array of shape
+                `(n,)`. Of a defence, `defence.predict(...) - 1`: the rejected, -1, are no success.
 
         Returns:
             Boolean array of shape `(n,)`: within budget, and classified as the target (targeted) or
             as another class than the source's (non-targeted).
+
+        Raises:
+            ValueError: The classes have another shape, or the attack is non-targeted and does not
+                know the classes of its sources.
+            TypeError: The classes are no integers.
         """
+        student_class = np.asarray(student_class)
+        if student_class.shape != (len(self.adversarial),):
+            raise ValueError(
+                "There must be one class for each crafted input, not probabilities. Received: "
+                f"shape {student_class.shape} for {len(self.adversarial)} inputs"
+            )
+        if student_class.dtype.kind not in "iu":
+            raise TypeError(
+                "Classes must be integers, such as those of `argmax`. "
+                f"Received: student_class.dtype={student_class.dtype}"
+            )
+        answered = self.within_budget & (student_class >= 0)
         if self.y_target is not None:
-            return self.within_budget & (student_class == self.y_target)
+            return answered & (student_class == self.y_target)
         if self.y_source is None:
             raise ValueError(
                 "Whether a non-targeted attack succeeds depends on the classes of its sources. "
                 "Pass `y_source` to the attack. Received: y_source=None"
             )
-        return self.within_budget & (student_class != self.y_source)
+        return answered & (student_class != self.y_source)

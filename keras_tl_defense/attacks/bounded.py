@@ -88,10 +88,10 @@ class BoundedDescent:
         restarts: int,
         optimizer: str,
         learning_rate: float | None,
-        penalty: float | None,
         batch_size: int,
         seed: int,
         hint: str,
+        penalty: float | None = None,
     ) -> None:
         self._aim, self._limit, self._seed = aim, limit, seed
         self.steps = check_integer("steps", steps, 1)
@@ -191,7 +191,7 @@ class BoundedDescent:
             state = self._descent(state, known, done, count)
             done += count
             raw = box.read(written + state[0]).numpy()
-            images = np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
+            images = np.rint(box.clip(raw)).astype(np.uint8)
             crafted = tf.constant(images, tf.float32)
             aim = self._judge(crafted, *given).numpy()
             likeness = measure = dssim(crafted, original).numpy()

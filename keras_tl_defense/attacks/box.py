@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-_SHRINK = 2 - 1e-6  # so that the ends of the range have a finite `w`
+_SHRINK = 1.98  # so that inputs at the ends of the range move, too: the paper's 2 - 1e-6 holds them
 
 
 class Box(NamedTuple):
-    """`inputs = low + (tanh(w) / c + 1/2) * (high - low)`, with `c = 2 - 1e-6`.
+    """`inputs = low + (tanh(w) / c + 1/2) * (high - low)`, with `c = 1.98`.
+
+    Inputs may leave the range by half a hundredth of it, and are clipped in the end.
 
     Attributes:
         low: Lowest values, a number or a tensor of the shape of inputs.
@@ -35,6 +37,10 @@ class Box(NamedTuple):
     def read(self, w: tf.Tensor) -> tf.Tensor:
         """The inputs of a `w`."""
         return self.low + (tf.tanh(w) / _SHRINK + 0.5) * (self.high - self.low)
+
+    def clip(self, inputs: np.ndarray) -> np.ndarray:
+        """Inputs within the range."""
+        return np.clip(inputs, np.asarray(self.low), np.asarray(self.high))
 
 
 def check_range(value_range: tuple[float, float]) -> tuple[float, float]:

@@ -54,8 +54,9 @@ def fingerprint_teacher(
         noise they began as, which is near 0 where the candidate could be imitated at all.
 
     Raises:
-        ValueError: There is no candidate, a candidate has no such layer, or the Student's answers
-            are no probabilities.
+        ValueError: There is no candidate, a candidate has no such layer, the Student does not take
+            its images, or the Student's answers are no probabilities.
+        FloatingPointError: A gradient became NaN or infinite.
 
     Example:
         >>> table = fingerprint_teacher(
@@ -72,6 +73,12 @@ def fingerprint_teacher(
     images, steps = check_integer("images", images, 1), check_integer("steps", steps, 1)
     if not teachers:
         raise ValueError("Give at least one candidate. Received: teachers={}")
+    unknown = sorted({*(layers or {}), *(preprocessing or {})} - set(teachers))
+    if unknown:
+        raise ValueError(
+            "`layers` and `preprocessing` are by the names of candidates. "
+            f"Received: {unknown}, where the candidates are {list(teachers)}"
+        )
     rows = []
     bar = keras.utils.Progbar(len(teachers) * steps, verbose=0 if verbose == 0 else 1)
     for name, teacher in teachers.items():
@@ -80,7 +87,13 @@ def fingerprint_teacher(
         shape = (images, *features.fixed_shape)
         noise = np.random.default_rng(seed).uniform(0, 255, shape).astype(np.float32)
         crafted = _silence(features, noise, steps, bar)
-        answered = np.asarray(student_predict(crafted), np.float64)
+        try:
+            answered = np.asarray(student_predict(crafted), np.float64)
+        except (ValueError, tf.errors.InvalidArgumentError) as error:
+            raise ValueError(
+                f"The Student does not take images of the candidate {name!r}. Leave it out, or "
+                f"resize in `student_predict`. Received: images of shape {shape[1:]}"
+            ) from error
         if answered.ndim != 2 or not np.allclose(answered.sum(axis=1), 1, atol=1e-3):
             raise ValueError(
                 "`student_predict` must return probabilities, rows that sum to 1. Apply "
@@ -95,9 +108,21 @@ def fingerprint_teacher(
 def gini(probabilities: np.ndarray) -> np.ndarray:
     """Gini coefficient of each row: 0 where all are equal, near 1 where one has all.
 
+    A Student whose bottleneck is silent answers with what its biases say, much the same for all
+    classes.
+
+    Args:
+        probabilities: Float array of shape `(n, K)`, none negative.
+
+    Returns:
+        Float array of shape `(n,)`, in 0..1.
+
     Example:
         >>> gini(np.array([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0]])).tolist()
         [0.0, 0.75]
+
+    Reference:
+        Gini, "Variabilità e mutabilità", 1912.
     """
     ordered = np.sort(probabilities, axis=1)
     count = ordered.shape[1]

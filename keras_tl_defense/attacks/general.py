@@ -10,12 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._validation import check_choice, check_integer
-from keras_tl_defense.attacks.art import is_defence, make_estimator
+from keras_tl_defense.attacks.art import make_estimator
 from keras_tl_defense.attacks.base import AttackResult
+from keras_tl_defense.attacks.defended import is_defence
 from keras_tl_defense.attacks.dssim import dssim
+from keras_tl_defense.attacks.inputs import check_takes_images, whole_pixels
 from keras_tl_defense.attacks.limits import Limit, Norm
 from keras_tl_defense.attacks.targets import check_apart
-from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+from keras_tl_defense.data import check_labels
 
 Method = Literal["fgsm", "pgd", "eot-pgd", "deepfool", "carlini-wagner", "hop-skip-jump"]
 _NORMS: dict[str, Norm] = {
@@ -34,6 +36,7 @@ _STEPS = {
     "carlini-wagner": 20,
     "hop-skip-jump": 20,
 }
+_BROKEN = "Check what the classifier says of these images."
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
@@ -52,7 +55,7 @@ class GeneralAttack:
     to be seen.
 
     Args:
-        classifier: A Keras model of images that returns logits, or a fitted
+        classifier: A Keras model of images that returns logits or probabilities, or a fitted
             `DifferentiatorEnsemble` with `mode="validate"`, on which attacks are targeted.
         method: One of the above.
         budget: Largest change, or Euclidean change over all numbers of an image, in grey levels.
@@ -63,11 +66,12 @@ class GeneralAttack:
         batch_size: Images that are crafted at once. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own.
-        seed: Decides random starts and noise; of NumPy's and TensorFlow's own generators, too.
+        seed: Decides random starts and noise, by TensorFlow's own generator for one.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
-        ValueError: An argument is out of range, or all pairs of a defence vote.
+        ValueError: An argument is out of range, all pairs of a defence vote, or the classifier
+            takes no images.
 
     Example:
         >>> attack = GeneralAttack(student, "pgd", budget=16)
@@ -102,6 +106,7 @@ class GeneralAttack:
         # DeepFool, and Carlini and Wagner, are written there for images in 0..1
         self._estimator = make_estimator(classifier, preprocessing, around, highest=1.0)
         self._defended = int(is_defence(classifier))
+        check_takes_images(self._estimator.input_shape, "classifier")
 
     def __call__(
         self,
@@ -131,12 +136,11 @@ class GeneralAttack:
         Raises:
             ValueError: The images or classes do not fit the classifier, a target is of its source's
                 class, a defence is attacked without targets, or images to start from are missing.
+            FloatingPointError: A gradient became NaN or infinite.
         """
         started = time.perf_counter()
         shape = self._estimator.input_shape
-        source = check_pixels(
-            check_finite(check_images(x_source, shape, "x_source"), name="x_source"), "x_source"
-        )
+        source = whole_pixels(x_source, shape, "x_source")
         own, wanted = (
             None if labels is None else check_labels(labels, classes, len(source), name)
             for name, labels, classes in (
@@ -162,12 +166,25 @@ class GeneralAttack:
                     "Without a gradient, no image of the target class is found but by chance. Pass "
                     "some that the classifier takes for it, as `x_start`. Received: x_start=None"
                 )
-            given["x_adv_init"] = check_images(x_start, shape, "x_start").astype(np.float32) / 255
+            start = whole_pixels(x_start, shape, "x_start")
+            if len(start) != len(source):
+                raise ValueError(
+                    "There must be an image to start from for each source. Received: "
+                    f"x_start.shape={start.shape}, x_source.shape={source.shape}"
+                )
+            given["x_adv_init"] = start.astype(np.float32) / 255
+        self._check_gradient(source)
+        before = np.random.get_state()
         np.random.seed(self.seed)
         tf.random.set_seed(self.seed)
         attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
-        raw = np.asarray(255 * attack.generate(source.astype(np.float32) / 255, **given), "f")
-        images = self._rounded(raw, source, wanted)
+        try:
+            raw = np.asarray(255 * attack.generate(source.astype(np.float32) / 255, **given), "f")
+        finally:
+            np.random.set_state(before)
+        if not np.isfinite(raw).all():
+            raise FloatingPointError(f"{self.method!r} made NaN or infinite values. {_BROKEN}")
+        raw, images = self._rounded(raw, source, wanted)
         measured = [self._measure(images, source, part) for part in self._parts(len(source))]
         likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
         passes = {"fgsm": 1, "pgd": self.steps, "eot-pgd": self.steps * _SAMPLES}
@@ -191,10 +208,11 @@ class GeneralAttack:
         """The attack of adversarial-robustness-toolbox, which takes options apart for each."""
         from art.attacks import evasion
 
+        largest = float(np.floor(self.budget)) / 255  # images have whole grey levels
         if self.method == "fgsm":
             return evasion.FastGradientMethod(
                 self._estimator,
-                eps=self.budget / 255,
+                eps=largest,
                 targeted=targeted,
                 batch_size=self.batch_size,
             )
@@ -202,8 +220,8 @@ class GeneralAttack:
         if self.method in ("pgd", "eot-pgd"):
             return evasion.ProjectedGradientDescent(
                 self._estimator,
-                eps=self.budget / 255,
-                eps_step=2.5 * self.budget / 255 / self.steps,
+                eps=largest,
+                eps_step=2.5 * largest / self.steps,
                 max_iter=self.steps,
                 num_random_init=1,
                 targeted=targeted,
@@ -233,18 +251,30 @@ class GeneralAttack:
 
     def _rounded(
         self, raw: np.ndarray, source: np.ndarray, wanted: np.ndarray | None
-    ) -> np.ndarray:
-        """Whole grey levels; where rounding undoes a smallest change, the least multiple works."""
-        change = raw - source
-        images = np.rint(np.clip(raw, 0, 255))
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images and whole grey levels; where rounding undoes a smallest change, a multiple."""
+        change, kept = raw - source, raw.copy()
+        images = np.rint(np.clip(kept, 0, 255)).astype(np.uint8)
         if self.norm == "linf":
-            return images.astype(np.uint8)
+            return kept, images
         before = self._answers(source)
         for factor in (*_LARGER, 1.0):
             holds = self._answers(images)
             holds = holds != before if wanted is None else holds == wanted + self._defended
-            images[~holds] = np.rint(np.clip(source + factor * change, 0, 255))[~holds]
-        return images.astype(np.uint8)
+            kept[~holds] = (source + factor * change)[~holds]
+            images = np.rint(np.clip(kept, 0, 255)).astype(np.uint8)
+        return kept, images
+
+    def _check_gradient(self, source: np.ndarray) -> None:
+        """An attack by a broken gradient goes nowhere, and would say that nothing can be done."""
+        if self.method == "hop-skip-jump":
+            return
+        for part in self._parts(len(source)):
+            scaled = source[part].astype(np.float32) / 255
+            taken = self._estimator.predict(scaled).argmax(axis=1)
+            labels = np.eye(self._estimator.nb_classes, dtype=np.float32)[taken]
+            if not np.isfinite(self._estimator.loss_gradient(scaled, labels)).all():
+                raise FloatingPointError(f"The gradient is NaN or infinite at step 1. {_BROKEN}")
 
     def _answers(self, images: np.ndarray) -> np.ndarray:
         scaled = images.astype(np.float32) / 255

@@ -10,10 +10,11 @@ import tensorflow as tf
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.bounded import BoundedDescent
 from keras_tl_defense.attacks.features import LayerFeatures, distance
+from keras_tl_defense.attacks.inputs import check_takes_images, whole_pixels
 from keras_tl_defense.attacks.limits import Limit, Norm
 from keras_tl_defense.attacks.members import MemberChoice, Members
 from keras_tl_defense.attacks.targets import check_apart
-from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+from keras_tl_defense.data import check_labels
 
 
 class MaskedMimicryAttack:
@@ -34,12 +35,15 @@ class MaskedMimicryAttack:
         members: Which differentiators that know the target class are imitated; as for
             `AdaptiveAttack`. Defaults to `"sampled"`.
         samples: How many are sampled or fixed. Defaults to `5`.
-        budget, norm, steps, restarts, learning_rate, penalty, batch_size, seed: As for
-            `AdaptiveAttack`.
+        budget, norm, steps, restarts, learning_rate, batch_size, seed: As for `AdaptiveAttack`.
+        preprocessing: Callable from images in 0..255 to what the Teacher takes. Defaults to the
+            defence's.
 
     Raises:
-        ValueError: An argument is out of range, the Teacher has no such layer, or the defence votes
-            with all pairs.
+        TypeError: It is no `DifferentiatorEnsemble`.
+        RuntimeError: The defence was not fitted.
+        ValueError: An argument is out of range, the Teacher has no such layer or takes no images,
+            or the defence votes with all pairs.
 
     Example:
         >>> attack = MaskedMimicryAttack(teacher, "flatten", defence, budget=0.05, steps=20)
@@ -65,12 +69,19 @@ class MaskedMimicryAttack:
         steps: int = 600,
         restarts: int = 0,
         learning_rate: float = 0.01,
-        penalty: float | None = None,
         batch_size: int = 16,
         seed: int = 0,
+        preprocessing: Any = None,
     ) -> None:
-        self._features = LayerFeatures(teacher, layer, defence.preprocessing)
         self._choose = MemberChoice(defence, members, samples, seed)
+        self._features = LayerFeatures(teacher, layer, preprocessing or defence.preprocessing)
+        check_takes_images(self._features.input_shape, "Teacher")
+        wanted = tuple(defence.student.inputs[0].shape[1:])
+        if self._features.input_shape != wanted:
+            raise ValueError(
+                "The Teacher must take the images that the Student takes. Received: a Teacher of "
+                f"inputs {self._features.input_shape}, a Student of inputs {wanted}"
+            )
         self.layer, self.defence = layer, defence
         self._limit = Limit(norm, budget)
         self.budget, self.norm = self._limit.budget, norm
@@ -82,7 +93,6 @@ class MaskedMimicryAttack:
             restarts=restarts,
             optimizer="adam",
             learning_rate=learning_rate,
-            penalty=penalty,
             batch_size=batch_size,
             seed=seed,
             hint=f"check the Teacher at {layer!r} on these images",
@@ -117,7 +127,7 @@ class MaskedMimicryAttack:
         started = time.perf_counter()
         shape, classes = self._features.input_shape, self.defence.classes
         source, target = (
-            check_pixels(check_finite(check_images(x, shape, name), name=name), name)
+            whole_pixels(x, shape, name)
             for name, x in (("x_source", x_source), ("x_target", x_target))
         )
         count = len(source)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keras_tl_defense._validation import check_choice, check_integer
+from keras_tl_defense.attacks.defended import check_defence
 
 Members = Literal["all", "fixed", "sampled"]
 
@@ -23,15 +24,13 @@ class MemberChoice:
         seed: Decides which.
 
     Raises:
+        TypeError: It is no defence.
+        RuntimeError: It was not fitted.
         ValueError: An argument is out of range, or the defence votes with all pairs.
     """
 
     def __init__(self, defence: Any, members: str, samples: int, seed: int) -> None:
-        if defence.mode == "vote":
-            raise ValueError(
-                "Adaptive attacks are on the members that check an answer. Make the defence with "
-                "`mode=\"validate\"`. Received: a defence with mode='vote'"
-            )
+        check_defence(defence)
         self.members = check_choice("members", members, ("all", "fixed", "sampled"))
         self.samples = check_integer("samples", samples, 1)
         self._known, self._seed = defence.member_classes, seed
@@ -40,18 +39,18 @@ class MemberChoice:
         """A function from part of the images and the steps done to rows of differentiators."""
         knowing = [np.flatnonzero((self._known == label).any(axis=1)) for label in classes]
         most = max(len(members) for members in knowing)
-        every = np.stack([np.resize(members, most) for members in knowing])  # few come again
         if self.members == "all" or most <= self.samples:
+            every = np.stack([np.resize(members, most) for members in knowing])  # few come again
             return lambda part, _: every[part]
         fixed = self.members == "fixed"
 
         def some(part: slice, done: int) -> np.ndarray:
             step = 0 if fixed else done
             rows = [
-                np.random.default_rng([self._seed, number, step]).permutation(every[number])
+                np.random.default_rng([self._seed, number, step]).permutation(knowing[number])
                 for number in range(part.start, part.stop)
             ]
-            return np.stack(rows)[:, : self.samples]
+            return np.stack([np.resize(row, self.samples) for row in rows])
 
         return some
 

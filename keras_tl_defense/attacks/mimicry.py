@@ -14,9 +14,10 @@ from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.bounded import BoundedDescent, Optimizer
 from keras_tl_defense.attacks.features import LayerFeatures, distance
+from keras_tl_defense.attacks.inputs import check_takes_images, whole_pixels
 from keras_tl_defense.attacks.limits import Limit, Norm
 from keras_tl_defense.attacks.targets import check_apart
-from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+from keras_tl_defense.data import check_labels
 
 _PROBE_STEPS = 50
 
@@ -28,10 +29,10 @@ class MimicryAttack:
     knowing the Student: where the two share their first layers, equal features in gives equal
     answers out. Each image minimises `penalty * max(DSSIM - budget, 0)² + ‖features(target) -
     features(image)‖₂` by descent over `w + δ`, with `w = arctanh((source / 255 - 1/2) * c)` and
-    `image = (tanh(w + δ) / c + 1/2) * 255`. Under `norm="linf"` the changes are bounded by such a
-    `tanh` instead of a penalty. The answer is the closest image within budget after rounding to
-    whole grey levels, looked for every 10 steps; where no image was within budget, the one that
-    came closest to it, marked as a failure.
+    `image = (tanh(w + δ) / c + 1/2) * 255`, `c = 1.98`. Under `norm="linf"` the changes are bounded
+    by such a `tanh` instead of a penalty. The answer is the closest image within budget after
+    rounding to whole grey levels, looked for every 10 steps; where no image was within budget, the
+    one that came closest to it, marked as a failure.
 
     Args:
         teacher: A built Functional or Sequential Keras model.
@@ -87,12 +88,7 @@ class MimicryAttack:
         seed: int = 0,
     ) -> None:
         self._features = LayerFeatures(teacher, layer, preprocessing)
-        if len(self._features.input_shape) != 3:
-            raise ValueError(
-                "How much an image may differ is measured by DSSIM, so the Teacher must take "
-                "images of shape (H, W, C). "
-                f"Received: a Teacher of inputs {self._features.input_shape}"
-            )
+        check_takes_images(self._features.input_shape, "Teacher")
         self.layer = layer
         self._limit = Limit(norm, budget)
         self.budget, self.norm = self._limit.budget, self._limit.norm
@@ -189,17 +185,28 @@ class MimicryAttack:
                 f"and a pool with more than one. Received: {0 if others is None else len(pool)} "
                 "images in the pool with classes"
             )
-        wanted, given = (self._features.of(x, self.batch_size) for x in (pool, source))
-        square = np.sum(wanted**2, axis=1)
-        apart = np.sum(given**2, axis=1)[:, None] + square - 2 * given @ wanted.T
-        relative = apart / np.maximum(square, 1e-12)
-        relative[own[:, None] == others] = np.inf
         classes = np.unique(others)
-        members = [np.flatnonzero(others == label) for label in classes]
-        nearest = np.stack([m[relative[:, m].argmin(axis=1)] for m in members], axis=1)
-        order = np.take_along_axis(relative, nearest, axis=1).argsort(axis=1, kind="stable")
-        least = min(count, int(min(np.sum(classes != label) for label in own)))
-        return np.take_along_axis(nearest, order[:, :least], axis=1)
+        given = self._features.of(source, self.batch_size)
+        apart = np.full((len(source), len(classes)), np.inf)
+        nearest = np.zeros(apart.shape, int)
+        for start in range(0, len(pool), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            wanted, columns = self._features.of(pool[part], self.batch_size), others[part]
+            square = np.sum(wanted**2, axis=1)
+            relative = np.sum(given**2, axis=1)[:, None] + square - 2 * given @ wanted.T
+            relative /= np.maximum(square, 1e-12)
+            for column in np.unique(columns):
+                number = int(np.searchsorted(classes, column))
+                rows = np.flatnonzero(columns == column)
+                best = rows[relative[:, rows].argmin(axis=1)]
+                least = relative[np.arange(len(source)), best]
+                nearer = least < apart[:, number]
+                apart[nearer, number] = least[nearer]
+                nearest[nearer, number] = start + best[nearer]
+        apart[own[:, None] == classes] = np.inf
+        order = apart.argsort(axis=1, kind="stable")
+        least_others = min(count, int(min(np.sum(classes != label) for label in own)))
+        return np.take_along_axis(nearest, order[:, :least_others], axis=1)
 
     def untargeted(
         self,
@@ -244,7 +251,12 @@ class MimicryAttack:
         bar = self._search.progress(n * m, verbose, probe)
         every = np.repeat(source, m, axis=0)
         apart = self._search(every, self._wanted(flat), bar, probe).aim
-        lengths = np.linalg.norm(self._features.of(flat, self.batch_size), axis=1)
+        parts = [
+            flat[start : start + self.batch_size] for start in range(0, n * m, self.batch_size)
+        ]
+        lengths = np.concatenate(
+            [np.linalg.norm(self._features.of(part, self.batch_size), axis=1) for part in parts]
+        )
         relative = apart / np.maximum(lengths, 1e-12)
         best = relative.reshape(n, m).argmin(axis=1)
         target = candidates[np.arange(n), best]
@@ -278,8 +290,7 @@ class MimicryAttack:
         )
 
     def _check(self, images: Any, name: str) -> np.ndarray:
-        images = check_images(images, self._features.input_shape, name)
-        return check_pixels(check_finite(images, name=name), name)
+        return whole_pixels(images, self._features.input_shape, name)
 
     def _wanted(self, target: np.ndarray) -> Callable[[slice, int], tuple[tf.Tensor]]:
         """The targets' features, computed once for each part."""

@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_callable
+from keras_tl_defense.blocks import block_end
 from keras_tl_defense.graph import ModelGraph
-from keras_tl_defense.layer_kinds import CHAIN, NEW_CHANNELS, TRANSPOSED
+from keras_tl_defense.layer_kinds import NEW_CHANNELS, TRANSPOSED
 
 
 class Neurons:
@@ -43,7 +44,7 @@ class Neurons:
         tensor = self.graph.layer_output(layer)
         producer = self.graph.steps[self.graph.producer[tensor]].layer
         if isinstance(producer, NEW_CHANNELS):
-            tensor = self._end_of_block(tensor)
+            tensor = block_end(self.graph, self.graph.steps[self.graph.producer[tensor]])
         if not isinstance(producer, NEW_CHANNELS) or tensor == self.graph.output:
             raise ValueError(
                 "The neurons must be those of a convolution or a Dense layer before the Teacher's "
@@ -54,14 +55,6 @@ class Neurons:
         self.count = int(self.graph.shapes[tensor][-1] or 0)
         self.preprocessing = check_callable("preprocessing", preprocessing)
         self._compiled = tf.function(lambda x: self.excitation(x), reduce_retracing=True)
-
-    def _end_of_block(self, tensor: int) -> int:
-        while len(self.graph.consumers[tensor]) == 1:
-            step = self.graph.steps[self.graph.consumers[tensor][0]]
-            if not isinstance(step.layer, CHAIN):
-                break
-            tensor = step.outputs[0]
-        return tensor
 
     def run(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The layer's features and the Teacher's outputs, with gradients."""

@@ -10,9 +10,9 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.attacks.box import Box, check_range
+from keras_tl_defense.attacks.defended import as_logits
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures
-from keras_tl_defense.layer_kinds import is_softmax
 
 _STEPS_AT_ONCE = 50
 _CELLS = 8  # of the coarsest noise that inputs begin as
@@ -55,7 +55,8 @@ def reverse_engineer(
         Float32 array of shape `(classes * per_class, …)`, ordered by class.
 
     Raises:
-        ValueError: An argument is out of range, or the Teacher's input has no fixed shape.
+        ValueError: An argument is out of range, the Teacher's input has no fixed shape, or it does
+            not end in classes.
         FloatingPointError: A gradient became NaN or infinite.
 
     Example:
@@ -68,13 +69,17 @@ def reverse_engineer(
     batch_size = check_integer("batch_size", batch_size, 1)
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"`smoothness` must be 0 or more. Received: smoothness={smoothness!r}")
-    logits = not is_softmax(teacher.layers[-1])
+    if len(teacher.outputs[0].shape) != 2:
+        raise ValueError(
+            "Inputs are made for each class, so the Teacher must end in classes. Give inputs of "
+            f"your own as `x`. Received: outputs of shape {tuple(teacher.outputs[0].shape)}"
+        )
     classes = int(teacher.outputs[0].shape[-1])
     box = Box(low, high)
 
     def loss(w: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         x = box.read(w)
-        entropy = keras.losses.sparse_categorical_crossentropy(labels, outputs(x), logits)
+        entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, as_logits(outputs(x)))
         rough = tf.zeros(tf.shape(labels))
         for axis in range(1, x.shape.rank - 1):
             near = tf.experimental.numpy.diff(x, axis=axis) / (high - low)

@@ -17,11 +17,12 @@ from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.box import Box, check_range
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
-from keras_tl_defense.data import check_finite, check_images
+from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
 from keras_tl_defense.metrics import Rate
 
 _STEPS_AT_ONCE = 50
 _BLANK = 0.01  # of the range of values
+_ROUNDING = 1e-5  # of the budget, in float32
 _SAMPLES = 64  # random inputs that tell how large features are
 _TIMES = 10.0  # a wanted feature, in sizes of the largest that random inputs have
 
@@ -88,6 +89,12 @@ class TargetAgnosticAttack:
         self._start = check_choice("start", start, ("blank", "random"))
         self.strength = strength if strength is None else check_positive("strength", strength)
         self.budget = budget if budget is None else check_positive("budget", budget)
+        self._grey = tuple(value_range) == (0, 255) and len(self._shape) == 3
+        if self._grey and self.budget is not None and self.budget < 1:
+            raise ValueError(
+                "Images have whole grey levels, so `budget` must be at least 1. "
+                f"Received: budget={budget!r}"
+            )
         self.steps = check_integer("steps", steps, 1)
         self.value_range = check_range(value_range)
         self.batch_size = check_integer("batch_size", batch_size, 1)
@@ -97,18 +104,25 @@ class TargetAgnosticAttack:
         self._descent = Descent(self._loss, rule, hint)
 
     def __call__(
-        self, units: Sequence[int] | None = None, x: Any = None, *, verbose: int | str = "auto"
+        self,
+        units: Sequence[int] | None = None,
+        x: Any = None,
+        y_source: Any = None,
+        *,
+        verbose: int | str = "auto",
     ) -> AttackResult:
         """Craft an input for each unit.
 
         Args:
             units: Numbers of units of the layer's flat output; `None` takes all.
             x: Inputs to begin with, of shape `(len(units), …)`, or one for all.
+            y_source: Their integer classes, shape `(len(units),)`; `evaluate_defence` then counts
+                which inputs are taken for another class.
             verbose: 0 shows no progress bar.
 
         Returns:
-            The crafted inputs, in the order of the units, without classes: which they are taken
-            for, and how surely, is for `effectiveness` to say.
+            The crafted inputs, in the order of the units. Which classes they are taken for, and how
+            surely, is for `effectiveness` to say.
 
         Raises:
             ValueError: A unit does not exist, or inputs do not fit the Teacher or the range; or a
@@ -116,7 +130,7 @@ class TargetAgnosticAttack:
             FloatingPointError: A gradient became NaN or infinite.
         """
         started = time.perf_counter()
-        size = self._features.of(self._random(1), 1).shape[1]
+        size = self._features.of(np.full((1, *self._shape), self.value_range[0]), 1).shape[1]
         numbers = np.arange(size) if units is None else np.asarray(units)
         if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
             raise ValueError(f"`units` must be some integers. Received: units={units!r}")
@@ -130,36 +144,37 @@ class TargetAgnosticAttack:
                 "A budget bounds the change of inputs that are given. Pass them as `x`. "
                 f"Received: budget={self.budget}, x=None"
             )
-        source = self._sources(x, len(numbers))
+        given = None if x is None else self._check(x, len(numbers))
+        own = None if y_source is None else check_labels(y_source, None, len(numbers), "y_source")
+        rng = np.random.default_rng(self.seed)
         strength = self.strength or self._usual_strength()
         rounds = -(-len(numbers) // self.batch_size)
         bar = keras.utils.Progbar(rounds * self.steps, verbose=0 if verbose == 0 else 1)
-        raws, far = [], []
+        raws, far, within = [], [], []
         for first in range(0, len(numbers), self.batch_size):
             part = slice(first, first + self.batch_size)
             wanted = strength * tf.one_hot(numbers[part], size)
-            raw = self._craft(tf.constant(source[part], tf.float32), wanted, bar)
-            features = self._features.of(self._clip(raw).astype(np.float32), self.batch_size)
+            source = self._begin(rng, len(wanted)) if given is None else given[part]
+            raw = self._craft(tf.constant(source), wanted, bar)
+            crafted = self._clip(raw).astype(np.float32)
             raws.append(raw)
-            far.append(distance(features, wanted).numpy())
+            far.append(distance(self._features.of(crafted, self.batch_size), wanted).numpy())
+            within.append(self._within(crafted, source))
         raw = np.concatenate(raws)
         return AttackResult(
             adversarial=self._clip(raw),
-            within_budget=np.ones(len(raw), bool),
-            source=None if x is None else source,
+            within_budget=np.concatenate(within),
+            source=given,
+            y_source=own,
+            layer=self.layer,
             raw=raw,
             distance=np.concatenate(far),
             gradients=self.steps,
             seconds=time.perf_counter() - started,
         )
 
-    def _sources(self, x: Any, count: int) -> np.ndarray:
+    def _check(self, x: Any, count: int) -> np.ndarray:
         low, high = self.value_range
-        if x is None and self._start == "random":
-            return self._random(count)
-        if x is None:
-            noise = _BLANK * (self._random(count) - (low + high) / 2)
-            return (noise + (low + high) / 2).astype(np.float32)
         x = np.asarray(x)
         x = np.repeat(x[None], count, axis=0) if x.ndim == len(self._shape) else x
         x = check_finite(check_images(x, self._shape))
@@ -169,18 +184,34 @@ class TargetAgnosticAttack:
                 f"values in {low:g}..{high:g}. Received: x.shape={x.shape}, values from "
                 f"{x.min():g} to {x.max():g}"
             )
-        return x.astype(np.float32)
+        return (np.rint(check_pixels(x)) if self._grey else x).astype(np.float32)
 
-    def _random(self, count: int) -> np.ndarray:
-        rng = np.random.default_rng(self.seed)
-        return rng.uniform(*self.value_range, (count, *self._shape)).astype("f")
+    def _begin(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Inputs that nobody gave."""
+        low, high = self.value_range
+        noise = rng.uniform(low, high, (count, *self._shape)).astype("f")
+        if self._start == "random":
+            return noise
+        middle = (low + high) / 2
+        return (_BLANK * (noise - middle) + middle).astype("f")
+
+    def _within(self, crafted: np.ndarray, source: np.ndarray) -> np.ndarray:
+        if self.budget is None:
+            return np.ones(len(crafted), bool)
+        change = np.abs(crafted - source).reshape(len(crafted), -1).max(axis=1)
+        return np.asarray(change <= self.budget * (1 + _ROUNDING))
 
     def _usual_strength(self) -> float:
-        largest = self._features.of(self._random(_SAMPLES), self.batch_size).max()
+        rng = np.random.default_rng(self.seed)
+        noise = rng.uniform(*self.value_range, (_SAMPLES, *self._shape)).astype("f")
+        largest = self._features.of(noise, self.batch_size).max()
         return _TIMES * max(float(largest), 1e-3)
 
     def _box(self, source: tf.Tensor) -> Box:
-        return Box.around(source, *self.value_range, self.budget)
+        budget = self.budget
+        if self._grey and budget is not None:
+            budget = float(np.floor(budget))
+        return Box.around(source, *self.value_range, budget)
 
     def _loss(self, w: tf.Tensor, source: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
         features = self._features(self._box(source).read(w))
@@ -193,10 +224,10 @@ class TargetAgnosticAttack:
             count = min(_STEPS_AT_ONCE, self.steps - done)
             state = self._descent(state, (source, wanted), done, count)
             bar.add(count)
-        return np.asarray(box.read(state[0]))
+        return box.clip(box.read(state[0]).numpy())
 
     def _clip(self, raw: np.ndarray) -> np.ndarray:
-        if self.value_range != (0, 255) or raw.ndim != 4:
+        if not self._grey:
             return np.clip(raw, *self.value_range).astype(np.float32)
         return np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
 

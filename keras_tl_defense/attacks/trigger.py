@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_tl_defense.attacks.box import Box
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.neurons import Neurons
-from keras_tl_defense.data import check_finite, check_images
+from keras_tl_defense.data import check_finite, check_images, check_pixels
 
 _STEPS_AT_ONCE = 10  # on the same inputs
 _RATE = 0.1
@@ -77,7 +77,7 @@ class Patch(NamedTuple):
                 f"Inputs must be in {low:g}..{high:g}, the `value_range`. Received: values from "
                 f"{x.min():g} to {x.max():g}"
             )
-        return x.astype(np.float32)
+        return (check_pixels(x) if self.whole else x).astype(np.float32)
 
 
 @dataclass(frozen=True)

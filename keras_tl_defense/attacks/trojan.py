@@ -69,8 +69,8 @@ def retrain(
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
     optimizer.build(weights)
     some = inputs[draw(len(inputs), min(_MEASURED, len(inputs)), rng)]
-    scales = [tf.math.reduce_variance(v) + 1e-12 for v in clean.run(tf.constant(some))]
-    pruning = MockPruning(clean, some, goal.neurons, pruned)
+    scales = _variances(clean, some, batch_size)
+    pruning = MockPruning(clean, some, goal.neurons, pruned, batch_size)
 
     @tf.function(reduce_retracing=True)
     def step(batch: tf.Tensor, masks: dict[int, tf.Tensor]) -> tf.Tensor:
@@ -95,6 +95,19 @@ def retrain(
     for layer, learns in zip(layers.values(), learned, strict=True):
         layer.trainable = learns
     return trojaned
+
+
+def _variances(teacher: Neurons, inputs: np.ndarray, batch_size: int) -> list[float]:
+    """Of the features and of the outputs, over all that inputs give."""
+    run = tf.function(teacher.run, reduce_retracing=True)
+    sums = np.zeros((2, 2))
+    for start in range(0, len(inputs), batch_size):
+        part = inputs[start : start + batch_size]
+        for found, values in zip(sums, run(tf.constant(part)), strict=True):
+            numbers = np.asarray(values, np.float64)
+            found += len(part) * np.array([numbers.mean(), np.square(numbers).mean()])
+    means = sums / len(inputs)
+    return [float(square - mean**2) + 1e-12 for mean, square in means]
 
 
 def _mixed(inputs: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
