@@ -155,7 +155,8 @@ def test_bad_arguments(
         GeneralAttack(student, "hop-skip-jump")(x, y, (y + 1) % CLASSES, x_start=x / 255)
     with pytest.raises(RuntimeError, match="Call `adapt` and `fit`"):
         GeneralAttack(ktd.DifferentiatorEnsemble(student, 0.5), "pgd")
-    signals = keras.Sequential([keras.Input((64, 1)), keras.layers.GlobalAveragePooling1D()])
+    pool = keras.layers.GlobalAveragePooling1D()
+    signals = keras.Sequential([keras.Input((64, 1)), pool, keras.layers.Dense(4)])
     with pytest.raises(ValueError, match="must take images"):
         GeneralAttack(signals, "pgd")
     with pytest.raises(ValueError, match="another class than its source"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
     assert repr(result) == "AttackResult(60 targeted attacks, 40 within budget)"
     with pytest.raises(ValueError, match='cannot be called "clean"'):
         ktd.evaluate_defence(defence, x, y, attacks={"clean": result}, verbose=0)
+
+
+@pytest.mark.parametrize(("layer", "late"), [("fc1", False), ("base", False), ("head", True)])
+def test_an_attack_after_the_cut_is_told(
+    layer: str, late: bool, defence: Any, images: Images, results: dict[str, AttackResult]
+) -> None:
+    result = AttackResult(**{**vars(results["targeted"]), "layer": layer})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ktd.evaluate_defence(
+            defence, images.x_test, images.y_test, attacks={"a": result}, verbose=0
+        )
+    told = [str(w.message) for w in caught if "imitates the layer" in str(w.message)]
+    assert len(told) == late
+    assert not late or "'head'" in told[0]
 
 
 def test_a_dataset_will_do(defence: Any, images: Images) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from skimage.transform import resize
 
-from keras_tl_defense._validation import check_positive
+from keras_tl_defense._validation import check_integer, check_positive
 
 _CHUNK = 256  # images resized at once: bounds the memory of the float copy
 
@@ -174,6 +174,51 @@ def choose_names(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str
             f"`classes` must be different names from {tuple(known)}. Received: classes={names!r}"
         )
     return wanted
+
+
+def draw_parts(
+    family: int,
+    kinds: Sequence[int],
+    draw: Callable[[int, np.random.Generator], np.ndarray],
+    train_per_class: int,
+    test_per_class: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Draw examples of some classes, for training and for testing.
+
+    Each depends on the seed, its family and class, its part and its place in the class, and not on
+    how many are drawn.
+
+    Args:
+        family: Number of the loader's, which keeps its random draws apart from others'.
+        kinds: Numbers of the classes among all of the family, in the order of the labels.
+        draw: Maps a label and a generator to an example.
+        train_per_class: Training examples of each class, 1 or more.
+        test_per_class: Test examples of each class, 1 or more.
+        seed: 0 or more.
+
+    Returns:
+        `x_train`, `y_train`, `x_test` and `y_test`, ordered by class.
+
+    Raises:
+        ValueError: A number is no integer or too small.
+    """
+    counts = {
+        "train": check_integer("train_per_class", train_per_class, 1),
+        "test": check_integer("test_per_class", test_per_class, 1),
+    }
+    seed = check_integer("seed", seed, 0)
+    found: dict[str, np.ndarray] = {}
+    for part, (name, count) in enumerate(counts.items()):
+        keys = [(family, part, kind, index) for kind in kinds for index in range(count)]
+        streams = [np.random.SeedSequence(seed, spawn_key=key) for key in keys]
+        labels = np.repeat(np.arange(len(kinds), dtype=np.int64), count)
+        examples = [
+            draw(label, np.random.default_rng(stream))
+            for label, stream in zip(labels.tolist(), streams, strict=True)
+        ]
+        found |= {f"x_{name}": np.stack(examples), f"y_{name}": labels}
+    return found
 
 
 def resize_images(images: np.ndarray, size: int) -> np.ndarray:

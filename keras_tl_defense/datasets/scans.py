@@ -9,8 +9,9 @@ from skimage.filters import gaussian
 from skimage.transform import downscale_local_mean, resize
 
 from keras_tl_defense._validation import check_integer
-from keras_tl_defense.datasets.base import ImageDataset, choose_names
+from keras_tl_defense.datasets.base import ImageDataset, choose_names, draw_parts
 
+_FAMILY = 2  # after signs and shapes
 SCANS = (
     "healthy",
     "wide_ventricles",
@@ -65,26 +66,14 @@ def load_scans(
     ImageDataset(classes=10, image_shape=(32, 32, 3), train=30, test=10)
     """
     names = choose_names(classes, SCANS)
-    counts = (
-        check_integer("train_per_class", train_per_class, 1),
-        check_integer("test_per_class", test_per_class, 1),
-    )
-    size, seed = check_integer("size", size, 16), check_integer("seed", seed, 0)
-    parts = [np.empty((len(names), count, size, size, 3), np.uint8) for count in counts]
-    for label, name in enumerate(names):
-        for part, images in enumerate(parts):
-            for index, image in enumerate(images[label]):
-                key = (2, part, SCANS.index(name), index)
-                rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-                image[:] = _draw(name, size, rng)[..., np.newaxis]
-    labels = np.arange(len(names), dtype=np.int64)
-    return ImageDataset(
-        x_train=parts[0].reshape(-1, size, size, 3),
-        y_train=np.repeat(labels, counts[0]),
-        x_test=parts[1].reshape(-1, size, size, 3),
-        y_test=np.repeat(labels, counts[1]),
-        class_names=names,
-    )
+    size = check_integer("size", size, 16)
+
+    def draw(label: int, rng: np.random.Generator) -> np.ndarray:
+        return np.repeat(_draw(names[label], size, rng)[..., np.newaxis], 3, axis=2)
+
+    kinds = [SCANS.index(name) for name in names]
+    parts = draw_parts(_FAMILY, kinds, draw, train_per_class, test_per_class, seed)
+    return ImageDataset(**parts, class_names=names)
 
 
 class _Head:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_tl_defense._validation import check_integer
-from keras_tl_defense.datasets.base import check_classes, check_numbers, choose_names
+from keras_tl_defense.datasets.base import check_classes, check_numbers, choose_names, draw_parts
 from keras_tl_defense.datasets.beats import BEATS, draw_heartbeat
 from keras_tl_defense.datasets.tones import TONES, draw_sound
 
@@ -170,23 +170,10 @@ def _load(
     seed: int,
 ) -> SignalDataset:
     names = choose_names(classes, known)
-    counts = (
-        check_integer("train_per_class", train, 1),
-        check_integer("test_per_class", test, 1),
-    )
-    seed = check_integer("seed", seed, 0)
-    parts = [np.empty((len(names), count, length, 1), np.float32) for count in counts]
-    for label, name in enumerate(names):
-        for part, signals in enumerate(parts):
-            for index, signal in enumerate(signals[label]):
-                key = (family, part, known.index(name), index)
-                rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-                signal[:, 0] = np.clip(draw(name, length, rng), -1, 1)
-    labels = np.arange(len(names), dtype=np.int64)
-    return SignalDataset(
-        x_train=parts[0].reshape(-1, length, 1),
-        y_train=np.repeat(labels, counts[0]),
-        x_test=parts[1].reshape(-1, length, 1),
-        y_test=np.repeat(labels, counts[1]),
-        class_names=names,
-    )
+
+    def one(label: int, rng: np.random.Generator) -> np.ndarray:
+        signal = np.clip(draw(names[label], length, rng), -1, 1)
+        return signal.astype(np.float32)[:, np.newaxis]
+
+    kinds = [known.index(name) for name in names]
+    return SignalDataset(**draw_parts(family, kinds, one, train, test, seed), class_names=names)

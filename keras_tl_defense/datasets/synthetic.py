@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_tl_defense._validation import check_integer
-from keras_tl_defense.datasets.base import ImageDataset
+from keras_tl_defense.datasets.base import ImageDataset, draw_parts
 from keras_tl_defense.datasets.drawings import (
     SHAPES,
     SIGNS,
@@ -92,23 +92,12 @@ def load_shapes(
 
 
 def _load(family: _Family, train: int, test: int, size: int, seed: int) -> ImageDataset:
-    train = check_integer("train_per_class", train, 1)
-    test = check_integer("test_per_class", test, 1)
-    size, seed = check_integer("size", size, 8), check_integer("seed", seed, 0)
+    size = check_integer("size", size, 8)
     names = tuple(family.names)
-    parts = [np.empty((len(names), count, size, size, 3), np.uint8) for count in (train, test)]
-    for label, name in enumerate(names):
-        drawing = family.draw(name, 3 * size)
-        for part, images in enumerate(parts):
-            for index, image in enumerate(images[label]):
-                key = (family.number, part, label, index)
-                rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-                image[:] = photograph(drawing, *family.colours(name, rng), size, rng)
-    labels = np.arange(len(names), dtype=np.int64)
-    return ImageDataset(
-        x_train=parts[0].reshape(-1, size, size, 3),
-        y_train=np.repeat(labels, train),
-        x_test=parts[1].reshape(-1, size, size, 3),
-        y_test=np.repeat(labels, test),
-        class_names=names,
-    )
+    drawings = [family.draw(name, 3 * size) for name in names]
+
+    def draw(label: int, rng: np.random.Generator) -> np.ndarray:
+        return photograph(drawings[label], *family.colours(names[label], rng), size, rng)
+
+    parts = draw_parts(family.number, range(len(names)), draw, train, test, seed)
+    return ImageDataset(**parts, class_names=names)

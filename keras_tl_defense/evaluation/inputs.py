@@ -83,7 +83,7 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
                 where = f"attacks[{name!r}].{field}"
                 check_labels(labels, defence.classes, len(result.adversarial), where)
         result.reached(np.zeros(len(result.adversarial), int))  # refuses unknown sources
-        if result.layer is not None and result.layer not in _frozen_layers(defence):
+        if result.layer is not None and not _before_cut(defence, result.layer):
             warnings.warn(
                 f"The attack {name!r} imitates the layer {result.layer!r}, which is not among the "
                 "layers that the Student has from its Teacher, so it is weaker than it could be. "
@@ -93,11 +93,16 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
     return attacks
 
 
-def _frozen_layers(defence: Any) -> set[str]:
-    """Names of the Student's layers up to the cut."""
+def _before_cut(defence: Any, layer: str) -> bool:
+    """Whether a layer of the Student, or a model within it, ends at the cut or before."""
     graph = ModelGraph(defence.student, "student")
     last = graph.producer[graph.layer_output(defence.cut)]
-    return {step.name.split("/")[-1] for step in graph.steps[: last + 1]}
+    if layer in {step.name.split("/")[-1] for step in graph.steps[: last + 1]}:
+        return True
+    try:
+        return graph.producer[graph.layer_output(layer)] <= last
+    except ValueError:
+        return False
 
 
 def _image_shape(defence: Any) -> tuple[int, ...]:
