@@ -40,7 +40,8 @@ class Box(NamedTuple):
 
     def clip(self, inputs: np.ndarray) -> np.ndarray:
         """Inputs within the range."""
-        return np.clip(inputs, np.asarray(self.low), np.asarray(self.high))
+        clipped = np.clip(inputs, np.asarray(self.low), np.asarray(self.high))
+        return np.asarray(clipped, inputs.dtype)
 
 
 def check_range(value_range: tuple[float, float]) -> tuple[float, float]:

@@ -145,4 +145,4 @@ def _silence(features: LayerFeatures, noise: np.ndarray, steps: int, bar: Any) -
         count = min(_STEPS_AT_ONCE, steps - done)
         state = descent(state, (), done, count)
         bar.add(count)
-    return np.rint(box.read(state[0]).numpy()).astype(np.uint8)
+    return np.rint(box.clip(box.read(state[0]).numpy())).astype(np.uint8)

@@ -101,7 +101,7 @@ def reverse_engineer(
             state = descent(
                 state, (tf.constant(labels[part]),), done, min(_STEPS_AT_ONCE, steps - done)
             )
-        made.append(box.read(state[0]).numpy())
+        made.append(box.clip(box.read(state[0]).numpy()))
         bar.add(len(made[-1]))
     return np.concatenate(made)
 

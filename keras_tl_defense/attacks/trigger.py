@@ -145,7 +145,7 @@ def optimise_trigger(
         some = inputs[draw(len(inputs), batch_size, rng)]
         state = descent(state, (tf.constant(some[None]),), done, count)
         bar.add(count)
-    trigger = box.read(state[0])[0].numpy() * patch.mask
+    trigger = box.clip(box.read(state[0])[0].numpy()) * patch.mask
     return np.rint(trigger) if patch.whole else trigger
 
 

@@ -99,11 +99,10 @@ def retrain(
 
 def _variances(teacher: Neurons, inputs: np.ndarray, batch_size: int) -> list[float]:
     """Of the features and of the outputs, over all that inputs give."""
-    run = tf.function(teacher.run, reduce_retracing=True)
     sums = np.zeros((2, 2))
     for start in range(0, len(inputs), batch_size):
         part = inputs[start : start + batch_size]
-        for found, values in zip(sums, run(tf.constant(part)), strict=True):
+        for found, values in zip(sums, teacher.run(tf.constant(part)), strict=True):
             numbers = np.asarray(values, np.float64)
             found += len(part) * np.array([numbers.mean(), np.square(numbers).mean()])
     means = sums / len(inputs)
