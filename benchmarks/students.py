@@ -151,8 +151,9 @@ def load_attacks(
         budget: DSSIM budget; the case's by default.
         steps: Steps of each attack.
         layer: Name of the Teacher's layer that is imitated; the cut by default.
-        likest: Takes targets that are like their sources, from all images of the part, in place of
-            random ones. A targeted attack then aims at the likest class.
+        likest: Takes targets that are like their sources, of the images of the part that the
+            Student answers rightly, in place of random ones. A targeted attack then aims at the
+            likest class.
         verbose: 0 shows no progress bar.
     """
     budget = case.budget if budget is None else budget
@@ -171,7 +172,8 @@ def load_attacks(
             source, y_source = x[plan.sources], y[plan.sources]
             targets, candidates = plan.targets, plan.candidates
             if likest:
-                candidates = attack.likest(source, y_source, x, y)
+                right = np.flatnonzero(case.student_class(x) == y)
+                candidates = right[attack.likest(source, y_source, x[right], y[right])]
                 targets = candidates[:, 0]
             if kind == "targeted":
                 result = attack(source, x[targets], y_source, y[targets], verbose=verbose)

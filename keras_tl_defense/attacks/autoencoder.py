@@ -47,6 +47,10 @@ def train_autoencoder(
         >>> autoencoder = train_autoencoder(x_train, epochs=1, verbose=0)
         >>> autoencoder.output_shape
         (None, 32, 32, 3)
+
+    Reference:
+        Wang et al., "Backdoor Attacks against Transfer Learning with Pre-trained Deep Learning
+        Models", IEEE Transactions on Services Computing 2020.
     """
     low, high = check_range(value_range)
     x = np.asarray(x)

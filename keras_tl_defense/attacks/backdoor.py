@@ -40,6 +40,10 @@ class Backdoor:
         autoencoder: The attacker's, or `None`.
         gradients: Passes forward and backward of a batch, after its inputs were there.
         seconds: Time that the whole attack took.
+
+    Reference:
+        Wang et al., "Backdoor Attacks against Transfer Learning with Pre-trained Deep Learning
+        Models", IEEE Transactions on Services Computing 2020.
     """
 
     teacher: Any

@@ -62,6 +62,10 @@ def reverse_engineer(
     Example:
         >>> reverse_engineer(teacher, per_class=2, steps=10, verbose=0).shape
         (56, 32, 32, 3)
+
+    Reference:
+        Wang et al., "Backdoor Attacks against Transfer Learning with Pre-trained Deep Learning
+        Models", IEEE Transactions on Services Computing 2020.
     """
     outputs = LayerFeatures(teacher, teacher.layers[-1].name, preprocessing)
     low, high = check_range(value_range)
