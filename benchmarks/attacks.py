@@ -222,21 +222,28 @@ def measure(case: Case, defence: Any, attack: Attack) -> dict[str, Any]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table for readers."""
-    lines = [
-        "| Student | attacker has | attack | undefended | defended, votes | defended, calibrated | "
-        "if the attacked members were drawn | DSSIM, median | s for an input |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table.to_dict("records"):
-        rates = [
-            percent(np.arange(int(row["n"])) < row[name]) if row[name] == row[name] else ""
-            for name in ("undefended", "votes", "calibrated", "if drawn")
-        ]
-        cells = [row["student"], row["knows"], row["attack"], *rates]
-        likeness = f"{row['dssim']:.4f}" if row["dssim"] == row["dssim"] else ""
-        lines.append("| " + " | ".join([*cells, likeness, f"{row['seconds']:.2f}"]) + " |")
-    return "\n".join(lines) + "\n"
+    """For readers: a table for what the attacker has, with all Students below each attack."""
+    lines = []
+    for knows, part in table.groupby("knows", sort=False):
+        drawn = [] if part["if drawn"].isna().all() else ["if drawn"]
+        rates = ["undefended", "votes", "calibrated", *drawn]
+        head = ["attack", "Student", *rates, "DSSIM, median", "s for an input"]
+        lines += [f"The attacker has {knows}:", "", _line(head), "|---" * len(head) + "|"]
+        for name, rows in part.groupby("attack", sort=False):
+            for row in rows.to_dict("records"):
+                cells = [
+                    percent(np.arange(row["n"]) < row[rate]) if row[rate] == row[rate] else ""
+                    for rate in rates
+                ]
+                likeness = f"{row['dssim']:.4f}" if row["dssim"] == row["dssim"] else ""
+                cells += [likeness, f"{row['seconds']:.2g}"]
+                lines.append(_line([str(name), row["student"], *cells]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -252,20 +259,17 @@ def main() -> None:
         clean = evaluate_defence(defence, case.x_test, case.y_test, verbose=0)
         print(f"{name}\n{clean.to_markdown()}", flush=True)
         known = list(attacks(case, defence, cache, arguments.attacks, arguments.steps))
-        wanted = [a for text in arguments.only for a in known if text in a.name]
-        for attack in dict.fromkeys([*wanted, *known]):
-            kept = f"attack-{name}-{arguments.attacks}-{arguments.steps}-{attack.name}.json"
-            path = cache / kept.replace(" ", "_")
-            if not path.exists() and attack in wanted:
+        kept = f"attack-{name}-{arguments.attacks}-{arguments.steps}"
+        paths = {a: cache / f"{kept}-{a.name}.json".replace(" ", "_") for a in known}
+        for attack in [a for text in arguments.only for a in known if text in a.name]:
+            if not paths[attack].exists():
                 start = time.perf_counter()
                 row = measure(case, defence, attack)
-                path.write_text(json.dumps(row), encoding="utf-8")
+                paths[attack].write_text(json.dumps(row), encoding="utf-8")
                 print(f"{row} in {time.perf_counter() - start:.0f} s", flush=True)
-            if path.exists():
-                rows.append(json.loads(path.read_text(encoding="utf-8")))
-    table = pd.DataFrame(
-        rows, columns=[*rows[0], "if drawn"] if "if drawn" not in rows[0] else None
-    )
+        done = (path for path in paths.values() if path.exists())
+        rows += [json.loads(path.read_text(encoding="utf-8")) for path in done]
+    table = pd.DataFrame([{"if drawn": np.nan, **row} for row in rows])
     table.to_csv(cache / "attacks.csv", index=False)
     (cache / "attacks.md").write_text(markdown(table), encoding="utf-8")
     print(markdown(table))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from conftest import KEY, Images
-from test_save_export import in_fresh_process
+from fresh_process import in_fresh_process
 
 import keras_tl_defense as ktd
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import CLASSES, KEY, Images, fitted, weights_of
+from fresh_process import check_elsewhere
 from plain_defence import PlainDefence, mixed
 from scipy.stats import chisquare
-from test_save_export import LOAD, SERVE, in_fresh_process
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -174,28 +174,17 @@ def test_partners_are_not_told_by_warnings(student: Any, images: Images) -> None
     assert not any("of their classes" in str(warning.message) for warning in caught)
 
 
-@pytest.mark.parametrize("kind", ["groups apart", "partners", "votes"])
 def test_they_survive_saving_and_serving(
-    kind: str, defences: dict[str, Any], images: Images, tmp_path: Path
+    defences: dict[str, Any], images: Images, tmp_path: Path
 ) -> None:
-    defence = defences[kind]
-    x = mixed(images)
-    details = defence.explain(x, verbose=0)
-    np.save(tmp_path / "x.npy", x)
-    defence.save(tmp_path / "defence.keras")
-    folder = defence.export(tmp_path / "serving" / "defence")
-    in_fresh_process(LOAD, tmp_path / "defence.keras", tmp_path / "x.npy", tmp_path / "loaded.npz")
-    in_fresh_process(SERVE, folder, tmp_path / "x.npy", tmp_path / "served.npz")
-    for name in ("loaded", "served"):
-        other = dict(np.load(tmp_path / f"{name}.npz"))
-        assert set(details) - set(other) <= {"members", "margins"}
-        for field in other:
-            np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
-    loaded = keras.models.load_model(tmp_path / "defence.keras")
-    np.testing.assert_array_equal(loaded.member_classes, defence.member_classes)
-    before, after = defence.get_config(), loaded.get_config()
-    assert before.pop("student")["class_name"] == after.pop("student")["class_name"]
-    assert after == before
+    kinds = {kind: defences[kind] for kind in ("groups apart", "partners", "votes")}
+    check_elsewhere(kinds, mixed(images), tmp_path)
+    for kind, defence in kinds.items():
+        loaded = keras.models.load_model(tmp_path / f"{kind}.keras")
+        np.testing.assert_array_equal(loaded.member_classes, defence.member_classes)
+        before, after = defence.get_config(), loaded.get_config()
+        assert before.pop("student")["class_name"] == after.pop("student")["class_name"]
+        assert after == before
 
 
 def test_fresh_draws_differ_and_are_uniform(defences: dict[str, Any], images: Images) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,58 +12,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import CLASSES, SIZE, Images, fitted
+from fresh_process import check_elsewhere
 
 import keras_tl_defense as ktd
 from keras_tl_defense import serving
 from keras_tl_defense._keras import keras
 
-LOAD = """
-import sys, numpy as np, tensorflow as tf
-import keras_tl_defense
-defence = tf.keras.models.load_model(sys.argv[1])
-details = defence.explain(np.load(sys.argv[2]), batch_size=5, verbose=0)
-np.savez(sys.argv[3], **details)
-"""
-SERVE = """
-import sys, numpy as np, tensorflow as tf
-serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
-x = np.load(sys.argv[2]).astype(np.float32)
-parts = [serve(tf.constant(x[i : i + 7])) for i in range(0, len(x), 7)]
-np.savez(sys.argv[3], **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
-assert not any(name.startswith("keras_tl_defense") for name in sys.modules)
-"""
 
-
-def in_fresh_process(script: str, *arguments: Path) -> None:
-    """Run a script in a new Python, away from this folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        cwd=arguments[-1].parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("name", ["defence", "dense_defence"])
-def test_loaded_and_exported_in_fresh_processes(
-    name: str, request: pytest.FixtureRequest, images: Images, tmp_path: Path
+def test_loaded_and_exported_in_a_fresh_process(
+    defence: Any, dense_defence: Any, images: Images, tmp_path: Path
 ) -> None:
-    defence = request.getfixturevalue(name)
-    details = defence.explain(images.x_test, verbose=0)
-    np.save(tmp_path / "x.npy", images.x_test)
-    defence.save(tmp_path / "defence.keras")
-    in_fresh_process(LOAD, tmp_path / "defence.keras", tmp_path / "x.npy", tmp_path / "loaded.npz")
-    folder = defence.export(tmp_path / "serving" / "defence")
-    assert folder == tmp_path / "serving" / "defence" / "1"
-    in_fresh_process(SERVE, folder, tmp_path / "x.npy", tmp_path / "served.npz")
-    loaded, served = (dict(np.load(tmp_path / f"{kind}.npz")) for kind in ("loaded", "served"))
-    assert set(loaded) == set(details)
-    assert set(served) == set(details) - {"members", "margins"}
-    for other in (loaded, served):
-        for field in other:
-            np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
+    check_elsewhere({"convolutions": defence, "dense": dense_defence}, images.x_test, tmp_path)
 
 
 def test_a_loaded_defence_can_be_trained_again(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import KEY, SIZE, Images, weights_of
-from test_save_export import LOAD, SERVE, in_fresh_process
+from fresh_process import check_elsewhere
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -82,16 +82,7 @@ def test_end_to_end(iterations: int, head: str, mid: Any, three: Images, tmp_pat
     x = np.concatenate([three.x_test, noise]).astype(np.uint8)
     details = defence.explain(x, batch_size=7, verbose=0)
     np.testing.assert_array_equal(defence.predict(x, verbose=0), details["answer"])
-    np.save(tmp_path / "x.npy", x)
-    defence.save(tmp_path / "defence.keras")
-    folder = defence.export(tmp_path / "serving" / "defence")
-    in_fresh_process(LOAD, tmp_path / "defence.keras", tmp_path / "x.npy", tmp_path / "loaded.npz")
-    in_fresh_process(SERVE, folder, tmp_path / "x.npy", tmp_path / "served.npz")
-    for kind in ("loaded", "served"):
-        other = dict(np.load(tmp_path / f"{kind}.npz"))
-        assert set(other) == set(details) - ({"members", "margins"} if kind == "served" else set())
-        for field in other:
-            np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
+    check_elsewhere({"defence": defence}, x, tmp_path)
 
 
 def test_scores_are_those_of_networks_of_their_own(mid: Any, three: Images) -> None:
