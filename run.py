@@ -51,9 +51,10 @@ def test() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
+    every_core = ("-n", "auto", "--dist", "worksteal")  # which leaves a file's tests together
     for marker in ("not slow", "slow"):
         for legacy in ("0", "1"):
-            run(PYTHON, "-m", "pytest", "-n", "auto", "-m", marker, TF_USE_LEGACY_KERAS=legacy)
+            run(PYTHON, "-m", "pytest", *every_core, "-m", marker, TF_USE_LEGACY_KERAS=legacy)
 
 
 def main(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ _STEPS_AT_ONCE = 50
 _BLANK = 0.01  # of the range of values
 _ROUNDING = 1e-5  # of the budget, in float32
 _SAMPLES = 64  # random inputs that tell how large features are
-_TIMES = 10.0  # a wanted feature, in sizes of the largest that random inputs have
+_TIMES = 100.0  # a wanted feature, in sizes of the largest that random inputs have
 
 
 class TargetAgnosticAttack:
@@ -42,7 +42,7 @@ class TargetAgnosticAttack:
             output.
         start: What inputs begin as, when they are not given: `"blank"`, the middle of the range
             with a hundredth of noise, without which no unit may stir, or `"random"`, uniform noise.
-        strength: What is wanted of the unit. Defaults to ten times the largest feature that random
+        strength: What is wanted of the unit. Defaults to 100 times the largest feature that random
             inputs have.
         budget: Largest change of any number from inputs that are given, in their units; `None`
             sets no limit but the range.
