@@ -56,6 +56,27 @@ def test_gradients_point_where_the_outputs_rise(calibrated: Any, images: Images)
     )
 
 
+@pytest.mark.parametrize("label", [None, 2, np.array([5, 0, 2, 5])])
+def test_gradients_of_classes_are_those_of_each_output(
+    label: Any, calibrated: Any, images: Images
+) -> None:
+    x = tf.constant(images.x_test[:4], tf.float32)
+    for classifier in (calibrated, calibrated.student):
+        estimator = as_art_estimator(classifier)
+        every = []
+        for one in range(estimator.nb_classes):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                output = estimator.model(x)[:, one]
+            every.append(tape.gradient(output, x))
+        expected = np.stack(every, axis=1)
+        if label is not None:
+            expected = expected[np.arange(4), np.broadcast_to(label, 4)][:, None]
+        found = estimator.class_gradient(x.numpy(), label=label)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        assert np.abs(found).max() > 1e-3
+
+
 def test_the_white_box_sees_what_explain_says(calibrated: Any, images: Images) -> None:
     details = calibrated.explain(images.x_test, verbose=0)
     found = calibrated.white_box(

@@ -39,6 +39,7 @@ _STEPS = {
 _BROKEN = "Check what the classifier says of these images."
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
+_GRADIENT_BYTES = 2**28  # of all classes, that DeepFool holds at once
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 
@@ -233,8 +234,15 @@ class GeneralAttack:
                     "DeepFool looks for the nearest other class and takes no target. Leave "
                     "`y_target` out. Received: method='deepfool' with y_target"
                 )
+            classes = int(self._estimator.nb_classes)
+            of_one = 4 * classes * int(np.prod(self._estimator.input_shape))
             return evasion.DeepFool(
-                self._estimator, max_iter=self.steps, epsilon=_OVERSHOOT, **common
+                self._estimator,
+                max_iter=self.steps,
+                epsilon=_OVERSHOOT,
+                nb_grads=classes,
+                batch_size=max(1, min(self.batch_size, _GRADIENT_BYTES // of_one)),
+                verbose=verbose,
             )
         if self.method == "carlini-wagner":
             return evasion.CarliniL2Method(
