@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-Answers = dict[str, np.ndarray]
-
 SCRIPT = """
 import sys, numpy as np, tensorflow as tf
 folder, names = sys.argv[1], sys.argv[2:]
@@ -54,8 +52,10 @@ def check_elsewhere(defences: Mapping[str, Any], x: np.ndarray, folder: Path) ->
     in_fresh_process(SCRIPT, folder, *defences)
     for name, defence in defences.items():
         details = defence.explain(x, verbose=0)
-        for kind, kept in (("loaded", set()), ("served", {"members", "margins"})):
+        for kind, left_out in (("loaded", set()), ("served", {"members", "margins"})):
             other = np.load(folder / f"{name}-{kind}.npz")
-            assert set(other) == set(details) - kept
+            assert set(other) == set(details) - left_out, f"{name}, {kind}"
             for field in other:
-                np.testing.assert_allclose(other[field], details[field], rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(
+                    other[field], details[field], 1e-4, 1e-4, err_msg=f"{name}, {kind}: {field}"
+                )

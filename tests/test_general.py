@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Images, fitted
+from conftest import CLASSES, Images, build_student, fitted
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import GeneralAttack
+from keras_tl_defense.attacks import GeneralAttack, general
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,25 @@ def test_the_smallest_changes_are_found_by_gradients_and_by_questions(
     assert sizes["carlini-wagner"] < 2.5 * sizes["deepfool"], sizes
     assert sizes["carlini-wagner"] < 2.5 * sizes["hop-skip-jump"], sizes
     assert max(sizes.values()) < 0.1 * 255 * np.sqrt(x[0].size), sizes
+
+
+def test_deepfool_looks_at_all_classes(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the ten that ART takes by default; how many images at once changes nothing."""
+    keras.utils.set_random_seed(0)
+    student = build_student(12)
+    x = images.x_test[:5]
+    attack = GeneralAttack(student, "deepfool", budget=5000)
+    assert attack._make(targeted=False, verbose=False).nb_grads == 12
+    result = attack(x, verbose=0)
+    before, after = (
+        student.predict(part.astype(np.float32), verbose=0).argmax(axis=1)
+        for part in (x, result.adversarial)
+    )
+    assert (before != after).mean() >= 0.8
+    monkeypatch.setattr(general, "_GRADIENT_BYTES", 1)
+    assert attack._make(targeted=False, verbose=False).batch_size == 1
+    apart = attack(x, verbose=0).adversarial.astype(int) - result.adversarial
+    assert np.abs(apart).max() <= 1
 
 
 def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) -> None:

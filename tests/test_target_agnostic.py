@@ -24,12 +24,14 @@ def features(student: Any, x: np.ndarray) -> np.ndarray:
 
 def test_a_unit_is_high_and_the_others_are_not(student: Any) -> None:
     base = student.get_layer("base")
-    attack = TargetAgnosticAttack(base, base.layers[-1].name, steps=150)
+    layer = base.layers[-1].name
+    blank = np.full((1, *base.input_shape[1:]), 127.5)
+    before = features(student, blank)[0]
+    strength = 3 * before.max()  # so little that the others count as much as the unit
+    attack = TargetAgnosticAttack(base, layer, strength=strength, steps=150)
     units = np.arange(0, 20, 3)
     result = attack(units, verbose=0)
-    blank = np.full((1, *base.input_shape[1:]), 127.5)
-    before, after = features(student, blank)[0], features(student, result.adversarial)
-    strength = attack._usual_strength()
+    after = features(student, result.adversarial)
     wanted = strength * np.eye(after.shape[1])[units]
     assert (np.linalg.norm(after - wanted, axis=1) <= np.linalg.norm(before - wanted, axis=1)).all()
     live = after[np.arange(len(units)), units] > before[units]
@@ -37,6 +39,21 @@ def test_a_unit_is_high_and_the_others_are_not(student: Any) -> None:
     np.testing.assert_allclose(result.distance, np.linalg.norm(after - wanted, axis=1), rtol=1e-3)
     assert result.adversarial.dtype == np.uint8
     assert result.gradients == 150
+
+
+def test_by_default_units_rise_as_far_as_they_can(student: Any) -> None:
+    base = student.get_layer("base")
+    layer = base.layers[-1].name
+    usual = TargetAgnosticAttack(base, layer)._usual_strength()
+    units = np.arange(0, 20, 2)
+    heights = []
+    for strength in (usual / 30, None, 30 * usual):
+        attack = TargetAgnosticAttack(base, layer, strength=strength, steps=150)
+        found = features(student, attack(units, verbose=0).adversarial)
+        heights.append(found[np.arange(len(units)), units].mean())
+    little, default, most = heights
+    assert little < 0.9 * default, heights
+    assert default > 0.9 * most, heights
 
 
 def test_the_student_is_surer_of_crafted_inputs_than_of_what_they_began_as(student: Any) -> None:

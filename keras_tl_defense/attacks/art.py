@@ -110,24 +110,34 @@ def make_estimator(
         images *= 255 / highest
         return around(images, outputs) if around else outputs(images)
 
-    @tf.function(input_signature=[some_images, tf.TensorSpec((None,), tf.int32)])
-    def gradients(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    @tf.function(input_signature=[some_images])
+    def of_all(images: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(images)
-            found = tf.gather(answered(images), labels, axis=1)
-        return tape.batch_jacobian(found, images, experimental_use_pfor=False)
+            found = answered(images)
+        return tape.batch_jacobian(
+            found, images, parallel_iterations=1, experimental_use_pfor=False
+        )
+
+    @tf.function(input_signature=[some_images, tf.TensorSpec((None,), tf.int32)])
+    def of_each(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            found = tf.gather(answered(images), labels, batch_dims=1)
+        return tape.gradient(found, images)[:, None]
 
     class Classifier(TensorFlowV2Classifier):
-        """With gradients of all classes from one pass, where ART takes one for each class."""
+        """With compiled gradients of classes, and one forward pass for all of them."""
 
         def class_gradient(
-            self, x: np.ndarray, label: Any = None, training_mode: bool = False, **_: Any
+            self, x: np.ndarray, label: Any = None, training_mode: bool = False, **options: Any
         ) -> np.ndarray:
-            labels, own = np.arange(self.nb_classes), np.zeros(len(x), int)
-            if label is not None:
-                labels, own = np.unique(np.broadcast_to(label, len(x)), return_inverse=True)
-            found = gradients(tf.cast(x, tf.float32), tf.cast(labels, tf.int32)).numpy()
-            return found if label is None else found[np.arange(len(x)), own][:, None]
+            if self.preprocessing_defences:
+                return np.asarray(super().class_gradient(x, label, training_mode, **options))
+            images = tf.cast(x, tf.float32)
+            if label is None:
+                return np.asarray(of_all(images))
+            return np.asarray(of_each(images, tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])))
 
     return Classifier(
         model=lambda images, training=False: answered(tf.cast(images, tf.float32)),

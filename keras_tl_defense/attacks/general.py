@@ -39,7 +39,7 @@ _STEPS = {
 _BROKEN = "Check what the classifier says of these images."
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
-_GRADIENT_BYTES = 2**28  # of all classes, that DeepFool holds at once
+_GRADIENT_BYTES = 2**26  # of an array of all classes' gradients; DeepFool holds about six
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 

@@ -42,8 +42,8 @@ class TargetAgnosticAttack:
             output.
         start: What inputs begin as, when they are not given: `"blank"`, the middle of the range
             with a hundredth of noise, without which no unit may stir, or `"random"`, uniform noise.
-        strength: What is wanted of the unit. Defaults to 100 times the largest feature that random
-            inputs have.
+        strength: What is wanted of the unit: the more, the less it counts that others stir, too.
+            Defaults to 100 times the largest feature that random inputs have.
         budget: Largest change of any number from inputs that are given, in their units; `None`
             sets no limit but the range.
         steps: Steps of Adam. Defaults to `300`.
