@@ -11,7 +11,7 @@ from conftest import CLASSES, Images, build_student, fitted
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import GeneralAttack, general
+from keras_tl_defense.attacks import GeneralAttack
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_the_smallest_changes_are_found_by_gradients_and_by_questions(
     assert max(sizes.values()) < 0.1 * 255 * np.sqrt(x[0].size), sizes
 
 
-def test_deepfool_looks_at_all_classes(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the ten that ART takes by default; how many images at once changes nothing."""
+def test_deepfool_looks_at_all_classes(images: Images) -> None:
+    """More than the ten that ART takes by default."""
     keras.utils.set_random_seed(0)
     student = build_student(12)
     x = images.x_test[:5]
@@ -117,10 +117,6 @@ def test_deepfool_looks_at_all_classes(images: Images, monkeypatch: pytest.Monke
         for part in (x, result.adversarial)
     )
     assert (before != after).mean() >= 0.8
-    monkeypatch.setattr(general, "_GRADIENT_BYTES", 1)
-    assert attack._make(targeted=False, verbose=False).batch_size == 1
-    apart = attack(x, verbose=0).adversarial.astype(int) - result.adversarial
-    assert np.abs(apart).max() <= 1
 
 
 def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) -> None:

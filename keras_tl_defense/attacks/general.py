@@ -39,7 +39,6 @@ _STEPS = {
 _BROKEN = "Check what the classifier says of these images."
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
-_GRADIENT_BYTES = 2**26  # of an array of all classes' gradients; DeepFool holds about six
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 
@@ -64,7 +63,7 @@ class GeneralAttack:
         steps: Steps of the method, each of one or more passes. Defaults to 1 for `"fgsm"`, 40 for
             `"pgd"` and `"eot-pgd"`, 50 for `"deepfool"`, 20 for `"carlini-wagner"` and
             `"hop-skip-jump"`.
-        batch_size: Images that are crafted at once. Defaults to `64`.
+        batch_size: Images that are crafted at once, `"deepfool"` always one. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own.
         seed: Decides random starts and noise, by TensorFlow's own generator for one.
@@ -234,14 +233,12 @@ class GeneralAttack:
                     "DeepFool looks for the nearest other class and takes no target. Leave "
                     "`y_target` out. Received: method='deepfool' with y_target"
                 )
-            classes = int(self._estimator.nb_classes)
-            of_one = 4 * classes * int(np.prod(self._estimator.input_shape))
             return evasion.DeepFool(
                 self._estimator,
                 max_iter=self.steps,
                 epsilon=_OVERSHOOT,
-                nb_grads=classes,
-                batch_size=max(1, min(self.batch_size, _GRADIENT_BYTES // of_one)),
+                nb_grads=self._estimator.nb_classes,
+                batch_size=1,  # all classes' gradients of a batch, until its last image is done
                 verbose=verbose,
             )
         if self.method == "carlini-wagner":
