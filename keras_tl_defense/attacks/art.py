@@ -136,8 +136,8 @@ def make_estimator(
                 return np.asarray(super().class_gradient(x, label, training_mode, **options))
             images = tf.cast(x, tf.float32)
             if label is None:
-                return np.asarray(of_all(images))
-            return np.asarray(of_each(images, tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])))
+                return np.array(of_all(images))  # a copy, into which attacks may write
+            return np.array(of_each(images, tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])))
 
     return Classifier(
         model=lambda images, training=False: answered(tf.cast(images, tf.float32)),
