@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 USAGE = """usage: python3 run.py demo [OPTIONS]   attack and defend a Student (demo --help: OPTIONS)
-       python3 run.py test             check the code, run all tests in both Keras generations"""
+       python3 run.py test [--slow]    check the code, run the tests in both Keras generations; with
+                                       --slow those, too, that take a minute or more each"""
 
 
 def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> None:
@@ -46,13 +47,13 @@ def set_up(extras: str) -> None:
     stamp.write_text(state, encoding="utf-8")
 
 
-def test() -> None:
-    """Lint, check types, and run the tests under Keras 3 and under the legacy Keras."""
+def test(markers: tuple[str, ...]) -> None:
+    """Lint, check types, and run tests with these markers in both generations of Keras."""
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
     every_core = ("-n", "auto", "--dist", "worksteal")  # which leaves a file's tests together
-    for marker in ("not slow", "slow"):
+    for marker in markers:
         for legacy in ("0", "1"):
             run(PYTHON, "-m", "pytest", *every_core, "-m", marker, TF_USE_LEGACY_KERAS=legacy)
 
@@ -66,9 +67,9 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["demo"]:
         set_up("")
         run(PYTHON, "-m", "keras_tl_defense", *arguments, folder=Path.cwd())
-    elif arguments == ["test"]:
+    elif arguments in (["test"], ["test", "--slow"]):
         set_up("[dev]")
-        test()
+        test(("not slow", "slow") if "--slow" in arguments else ("not slow",))
     elif arguments in (["-h"], ["--help"]):
         print(USAGE)
     else:

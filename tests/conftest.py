@@ -12,10 +12,14 @@ import pandas as pd
 import pytest
 
 import keras_tl_defense as ktd
-from keras_tl_defense._keras import keras
+from keras_tl_defense._keras import LEGACY, keras
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may be busy
 hypothesis.settings.load_profile("unhurried")
+
+once = pytest.mark.skipif(
+    LEGACY, reason="once is enough: what the generations of Keras differ in is tested elsewhere"
+)
 
 KEY = bytes(range(16))
 SIZE, CLASSES = 12, 6

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Images, build_student, fitted, train
+from conftest import CLASSES, Images, build_student, fitted, once, train
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -45,6 +45,7 @@ def test_who_has_the_defence_breaks_it_and_a_budget_hinders(
     assert rates[1] >= 0.9
 
 
+@once
 def test_it_is_stronger_than_mimicry(calibrated: Any, images: Images) -> None:
     options = {"budget": 0.1, "steps": 200}
     base = calibrated.student.get_layer("base")
@@ -59,6 +60,7 @@ def test_it_is_stronger_than_mimicry(calibrated: Any, images: Images) -> None:
     assert adaptive.gradients == 200
 
 
+@once
 def test_all_members_that_know_the_target_hold(calibrated: Any, images: Images) -> None:
     given = attacked(images)
     attack = AdaptiveAttack(calibrated, members="all", budget=1.0, steps=200)
@@ -86,6 +88,7 @@ def test_no_member_that_knows_the_target_is_left_out(student: Any, images: Image
         assert len(set(members)) == min(counts)
 
 
+@once
 @pytest.mark.parametrize("masked", [False, True])
 def test_who_knows_the_draw_needs_no_other_members(
     masked: bool, calibrated: Any, images: Images
@@ -145,6 +148,7 @@ def test_a_student_with_softmax_is_no_harder(images: Images) -> None:
     assert succeeded(defence, attack(*attacked(images), verbose=0)) >= 0.9
 
 
+@once
 def test_votes_can_be_attacked(student: Any, images: Images) -> None:
     defence = fitted(student, images, {"conv*": 0.5})
     assert defence.decision == "count"
@@ -152,6 +156,7 @@ def test_votes_can_be_attacked(student: Any, images: Images) -> None:
     assert succeeded(defence, attack(*attacked(images), verbose=0)) >= 0.8
 
 
+@once
 def test_any_other_class_is_easier_than_a_given_one(calibrated: Any, images: Images) -> None:
     source, own, wanted = attacked(images)
     attack = AdaptiveAttack(calibrated, budget=0.02, steps=100)
@@ -161,6 +166,7 @@ def test_any_other_class_is_easier_than_a_given_one(calibrated: Any, images: Ima
     assert succeeded(calibrated, free) > 0
 
 
+@once
 def test_a_score_may_be_raised_beyond_the_threshold(calibrated: Any, images: Images) -> None:
     source, own, wanted = attacked(images)
     scores = []
@@ -171,6 +177,7 @@ def test_a_score_may_be_raised_beyond_the_threshold(calibrated: Any, images: Ima
     assert scores[1] > scores[0] + 1
 
 
+@once
 def test_the_seed_decides_the_samples(calibrated: Any, images: Images) -> None:
     found = [
         AdaptiveAttack(calibrated, samples=2, steps=20, budget=0.2, seed=seed)(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, Images, build_student, fitted
+from conftest import CLASSES, Images, build_student, fitted, once
 
 import keras_tl_defense as ktd
 from keras_tl_defense.attacks import GeneralAttack, as_art_estimator
@@ -87,6 +87,7 @@ def test_the_white_box_sees_what_explain_says(calibrated: Any, images: Images) -
     np.testing.assert_array_equal(np.argmax(found["logits"], axis=1), details["student_class"])
 
 
+@once
 def test_projected_gradient_descent_beats_one_step_and_rises_with_the_budget(
     student: Any, calibrated: Any, images: Images
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import once
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -74,7 +75,7 @@ def heart_teacher() -> Any:
     return trained(teacher, data.x_train, data.y_train, 12)
 
 
-@pytest.fixture(scope="module", params=["scans", "heartbeats"])
+@pytest.fixture(scope="module", params=[pytest.param("scans", marks=once), "heartbeats"])
 def case(request: pytest.FixtureRequest, scan_teacher: Any, heart_teacher: Any) -> Case:
     options = SMALL
     if request.param == "scans":
@@ -157,6 +158,7 @@ def test_a_stamp_changes_what_is_under_the_mask_alone(case: Case) -> None:
         backdoor.stamp(x[:, 1:])
 
 
+@once
 def test_an_added_trigger_keeps_to_its_amplitude(heart_teacher: Any) -> None:
     x = signals.load_heartbeats(5, 1, 128).x_train
     options = {**SMALL, "size": 1.0, "amplitude": 0.1, "value_range": (-1, 1)}
@@ -169,6 +171,7 @@ def test_an_added_trigger_keeps_to_its_amplitude(heart_teacher: Any) -> None:
     assert stamped.dtype == np.float32
 
 
+@once
 def test_a_seed_decides(heart_teacher: Any) -> None:
     few = {"retraining_steps": 3, "trigger_steps": 12, "per_class": 1, "through_autoencoder": True}
     options = {**SMALL, "value_range": (-1, 1), **few}
@@ -284,6 +287,7 @@ def test_neurons_are_read_at_the_end_of_their_block(student: Any) -> None:
     )
 
 
+@once
 def test_reversed_inputs_are_taken_for_their_classes(scan_teacher: Any) -> None:
     x = reverse_engineer(scan_teacher, per_class=6, steps=150, verbose=0)
     assert x.shape == (30, 24, 24, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import tensorflow as tf
+from conftest import once
 from skimage.io import imread
 
 from keras_tl_defense.__main__ import main
@@ -19,8 +19,6 @@ from keras_tl_defense.datasets import synthetic
 from keras_tl_defense.demo import Demo, DemoError
 from keras_tl_defense.ensemble import search, trial
 from keras_tl_defense.teachers import build_teacher
-
-LEGACY = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ def test_synthetic(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(LEGACY, reason="once is enough: the real data run under Keras 3")
+@once
 def test_traffic_signs(data_folder: Path, tmp_path: Path) -> None:
     rates = run_demo(
         tmp_path,
@@ -133,7 +131,7 @@ def test_traffic_signs(data_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(LEGACY, reason="once is enough: the real data run under Keras 3")
+@once
 def test_faces(data_folder: Path, tmp_path: Path) -> None:
     rates = run_demo(
         tmp_path,

@@ -10,7 +10,6 @@ import pytest
 
 from keras_tl_defense import sanity
 from keras_tl_defense.__main__ import main
-from keras_tl_defense._keras import LEGACY
 
 
 def test_a_check_that_fails_is_told(
@@ -33,7 +32,6 @@ def test_a_check_that_fails_is_told(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(LEGACY, reason="once is enough: the attacks' own tests run under both")
 def test_the_attacks_are_sane(tmp_path: Path) -> None:
     assert main(["sanity", "--out", str(tmp_path), "--images", "24"]) == 0
     assert "NO" not in (tmp_path / "sanity.md").read_text(encoding="utf-8")

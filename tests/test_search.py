@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import KEY, SIZE, Images, weights_of
+from conftest import KEY, SIZE, Images, once, weights_of
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -145,6 +145,7 @@ def test_it_finds_the_ratios_with_the_fewest_accepted(
     np.testing.assert_allclose(history["passes"], 2 * np.arange(1, len(steps) + 1))
 
 
+@once
 def test_it_stops_where_the_budget_ends(
     images: Images, student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_the_budget_is_respected(searched: Any) -> None:
         assert set(row.ratios.values()) <= {0.5, 0.7, 0.85, 0.92}
 
 
+@once
 def test_the_seed_decides(searched: Any, student: Any, images: Images) -> None:
     again = adapted(student, images)
     pd.testing.assert_frame_equal(again.search_history, searched.search_history, rtol=1e-3)
@@ -209,6 +211,7 @@ def test_a_layer_that_is_given_is_taken(student: Any, images: Images) -> None:
     assert defence.search_history["passes"].iloc[-1] <= 16
 
 
+@once
 def test_few_images_will_do(student: Any, images: Images) -> None:
     few = Images(images.x_train[::2], images.y_train[::2], *images[2:])
     history = adapted(student, few, search_budget=6).search_history
@@ -258,6 +261,7 @@ def test_a_bank_that_is_refused_leaves_the_defence_as_it_was(
     assert (defence.ratios, defence.head_layer, defence.search_history) == ("auto", None, None)
 
 
+@once
 def test_it_warns_when_its_attacks_fail(
     student: Any, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +271,7 @@ def test_it_warns_when_its_attacks_fail(
         adapted(student, images, search_budget=6)
 
 
+@once
 def test_a_budget_for_nothing_but_the_first_candidate(student: Any, images: Images) -> None:
     defence = adapted(student, images, search_budget=1)
     assert defence.ratios == {"conv1": 0.5}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Images, fitted
+from conftest import Images, fitted, once
 from test_report import results
 
 import keras_tl_defense as ktd
@@ -17,6 +17,7 @@ from keras_tl_defense.evaluation import evaluate_ensemble_sizes
 __all__ = ["results"]  # a fixture
 
 
+@once
 @pytest.mark.parametrize(("size", "threshold"), [(1, 1), (3, 1), (3, 2), (5, 2)])
 def test_every_size_is_that_of_a_defence_of_the_size(
     size: int,
@@ -40,6 +41,7 @@ def test_every_size_is_that_of_a_defence_of_the_size(
         assert row.low <= row.rate <= row.high
 
 
+@once
 def test_more_members_accept_less(
     defence: Any, images: Images, results: dict[str, AttackResult]
 ) -> None:
