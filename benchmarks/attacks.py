@@ -155,8 +155,11 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     for members in ("fixed", "sampled"):
         made = partial(adaptive, defence, members=members)
         yield Attack(MODEL, f"adaptive, {members} members", made)
-    made = partial(by_questions, case, defence, source, own, wanted)
-    yield Attack("answers only", "hop-skip-jump, Euclidean change 500", made)
+    asked = "answers only"
+    for model in (case.student, defence):
+        label = "defence" if model is defence else "Student"
+        made = partial(by_questions, case, model, source, own)
+        yield Attack(asked, f"hop-skip-jump on the {label}, any other class", made)
 
 
 def agnostic(case: Case, source: np.ndarray, own: np.ndarray, budget: float | None) -> AttackResult:
@@ -170,15 +173,19 @@ def agnostic(case: Case, source: np.ndarray, own: np.ndarray, budget: float | No
     return attack(units.tolist(), *given, verbose=0)
 
 
-def by_questions(
-    case: Case, defence: Any, source: np.ndarray, own: np.ndarray, wanted: np.ndarray
-) -> AttackResult:
-    """From images that are accepted as the target towards the sources, by answers alone."""
-    answered = defence.predict(case.x_test, verbose=0) - 1
-    start = [np.flatnonzero((case.y_test == label) & (answered == label)) for label in wanted]
-    first = [rows[0] if len(rows) else np.flatnonzero(answered >= 0)[0] for rows in start]
-    attack = GeneralAttack(defence, "hop-skip-jump", steps=10)
-    return attack(source, own, wanted, x_start=case.x_test[first], verbose=0)
+def by_questions(case: Case, model: Any, source: np.ndarray, own: np.ndarray) -> AttackResult:
+    """From the nearest validation image that is answered as another class, by answers alone."""
+    if model is case.student:
+        answered, given = case.student_class(case.x_val), {"preprocessing": case.preprocessing}
+    else:
+        answered, given = model.predict(case.x_val, verbose=0) - 1, {}
+    pool = case.x_val.astype(np.float32)
+    apart = np.stack([np.square(pool - image).sum(axis=(1, 2, 3)) for image in source])
+    apart[(answered < 0) | (answered == own[:, None])] = np.inf
+    nearest = apart.argmin(axis=1)
+    attack = GeneralAttack(model, "hop-skip-jump", steps=10, **given)
+    start, wanted = case.x_val[nearest], answered[nearest]
+    return attack(source, own, wanted, x_start=start, verbose=0)
 
 
 def measure(case: Case, defence: Any, attack: Attack) -> dict[str, Any]:

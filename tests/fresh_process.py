@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,17 @@ for name in names:
 """
 
 
-def in_fresh_process(script: str, *arguments: Path | str) -> None:
+def in_fresh_process(
+    script: str, *arguments: Path | str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script in a new Python, away from this folder."""
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        cwd=Path(arguments[0]).parent,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
 
 
 def check_elsewhere(defences: Mapping[str, Any], x: np.ndarray, folder: Path) -> None:
@@ -49,7 +51,8 @@ def check_elsewhere(defences: Mapping[str, Any], x: np.ndarray, folder: Path) ->
         defence.save(folder / f"{name}.keras")
         exported = defence.export(folder / "serving" / name)
         assert exported == folder / "serving" / name / "1"
-    in_fresh_process(SCRIPT, folder, *defences)
+    done = in_fresh_process(SCRIPT, folder, *defences)
+    assert done.returncode == 0, done.stderr
     for name, defence in defences.items():
         details = defence.explain(x, verbose=0)
         for kind, left_out in (("loaded", set()), ("served", {"members", "margins"})):

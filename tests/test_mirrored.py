@@ -44,7 +44,8 @@ def test_a_mirrored_scope_changes_nothing(student: Any, images: Images, tmp_path
     arrays = {"x": images.x_train, "y": images.y_train, "x_test": images.x_test}
     np.savez(tmp_path / "data.npz", **arrays)
     paths = [tmp_path / name for name in ("student.keras", "data.npz", "found.npz")]
-    in_fresh_process(SCRIPT, *paths)
+    done = in_fresh_process(SCRIPT, *paths)
+    assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "found.npz")
     for name in ("answer", "members", "disagreements"):
         np.testing.assert_array_equal(found[name], expected[name])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import once
 
 from keras_tl_defense import sanity
 from keras_tl_defense.__main__ import main
@@ -32,6 +33,7 @@ def test_a_check_that_fails_is_told(
 
 
 @pytest.mark.slow
+@once
 def test_the_attacks_are_sane(tmp_path: Path) -> None:
     assert main(["sanity", "--out", str(tmp_path), "--images", "24"]) == 0
     assert "NO" not in (tmp_path / "sanity.md").read_text(encoding="utf-8")
