@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -68,14 +68,20 @@ def load_defence(case: Case, cache: Path, label: str = "defence", **options: Any
     return keras.models.load_model(path)
 
 
-def rebuilt(case: Case, cache: Path, factor: float, exact: bool = False) -> Any:
+Known = Literal["nothing", "masks", "images"]
+
+
+def rebuilt(case: Case, cache: Path, factor: float = 1.0, known: Known = "nothing") -> Any:
     """What an attacker builds of the validation images who guesses the ratios.
 
-    With `exact`, of the very masks of the defence: all pairs, its seed, the training images.
+    Who knows the masks has all pairs, the defence's seed, and heads of the validation images; who
+    knows the images that the defence was trained on has other masks, and heads of those images.
     """
+    exact = known == "masks"
     found = searched(case, cache)
     ratios = {name: min(0.99, factor * ratio) for name, ratio in found["ratios"].items()}
-    path = cache / f"{case.name}-rebuilt-{factor:g}{'-exact' * exact}.keras"
+    label = {"nothing": "", "masks": "-exact", "images": "-images"}[known]
+    path = cache / f"{case.name}-rebuilt-{factor:g}{label}.keras"
     if not path.exists():
         own = ktd.DifferentiatorEnsemble(
             case.student,
@@ -85,9 +91,9 @@ def rebuilt(case: Case, cache: Path, factor: float, exact: bool = False) -> Any:
             seed=0 if exact else 1,
             preprocessing=case.preprocessing,
         )
-        known = (case.x_train, case.y_train) if exact else (case.x_val, case.y_val)
-        own.adapt(*known, verbose=0)
-        own.fit(case.x_val, case.y_val, verbose=0)
+        held_out = case.x_val, case.y_val
+        own.adapt(*held_out if known == "nothing" else (case.x_train, case.y_train), verbose=0)
+        own.fit(*case.augmented() if known == "images" else held_out, verbose=0)
         own.calibrate(case.x_val, case.y_val, verbose=0)
         own.save(path)
     return keras.models.load_model(path)
@@ -121,12 +127,12 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
         attack = MaskedMimicryAttack(case.teacher, case.cut, defence, **{**within, "steps": 600})
         return attack(*given, verbose=0)
 
-    def anything(**options: Any) -> AttackResult:
-        attack = AdaptiveAttack(rebuilt(case, cache, 1.0), confidence=HIGH, **within, **options)
+    def anything(known: Known = "nothing") -> AttackResult:
+        attack = AdaptiveAttack(rebuilt(case, cache, known=known), confidence=HIGH, **within)
         return attack(source, own, verbose=0)
 
-    def guessed(factor: float, exact: bool = False, **options: Any) -> AttackResult:
-        return adaptive(rebuilt(case, cache, factor, exact), confidence=HIGH, **options)
+    def guessed(factor: float = 1.0, known: Known = "nothing", **options: Any) -> AttackResult:
+        return adaptive(rebuilt(case, cache, factor, known), confidence=HIGH, **options)
 
     knows = "the Teacher"
     yield Attack(knows, "mimicry, targeted", partial(mimicry, budget=case.budget))
@@ -147,10 +153,12 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
         label = f"adaptive, own defence with {factor:g} times the ratios"
         yield Attack(rebuilding, label, partial(guessed, factor))
     yield Attack(rebuilding, "adaptive, own defence, any other class", anything)
-    made = partial(guessed, 1.0, members="all")
-    yield Attack(rebuilding, "adaptive, own defence, all members", made)
+    yield Attack(rebuilding, "adaptive, own defence, all members", partial(guessed, members="all"))
+    trained_on = "the Student, the images that the defence was trained on"
+    yield Attack(trained_on, "adaptive, own masks", partial(guessed, known="images"))
+    yield Attack(trained_on, "adaptive, own masks, any other class", partial(anything, "images"))
     masks = "the Student, the masks"
-    yield Attack(masks, "adaptive, own heads", partial(guessed, 1.0, True))
+    yield Attack(masks, "adaptive, own heads", partial(guessed, known="masks"))
     yield Attack(masks, "mimicry of sampled members", by_masks)
     for members in ("fixed", "sampled"):
         made = partial(adaptive, defence, members=members)
@@ -159,7 +167,7 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     for model in (case.student, defence):
         label = "defence" if model is defence else "Student"
         made = partial(by_questions, case, model, source, own)
-        yield Attack(asked, f"hop-skip-jump on the {label}, any other class", made)
+        yield Attack(asked, f"hop-skip-jump on the {label}, nearest other class", made)
 
 
 def agnostic(case: Case, source: np.ndarray, own: np.ndarray, budget: float | None) -> AttackResult:

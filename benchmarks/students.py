@@ -183,7 +183,6 @@ def load_attacks(
             np.savez(path, **{k: v for k, v in values.items() if v is not None})
         with np.load(path) as file:
             stored = {name: file[name] for name in file.files}
-        stored.setdefault("y_target", None)
         results[kind] = AttackResult(**stored)
     return results
 

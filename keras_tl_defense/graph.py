@@ -167,6 +167,8 @@ class ModelGraph:
         Raises:
             ValueError: There is no such layer.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"A layer is given by its name. Received: {name!r}")
         if name in self._nested and all(step.name != name for step in self.steps):
             return self._nested[name]
         return self.step(name).outputs[0]

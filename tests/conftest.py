@@ -142,6 +142,14 @@ def defence(student: Any, images: Images) -> Any:
 
 
 @pytest.fixture(scope="session")
+def calibrated(student: Any, images: Images) -> Any:
+    """A defence whose score decides."""
+    defence = fitted(student, images, {"conv*": 0.5})
+    defence.calibrate(images.x_test, images.y_test, verbose=0)
+    return defence
+
+
+@pytest.fixture(scope="session")
 def dense_defence(student: Any, images: Images) -> Any:
     """A defence whose convolutions and Dense connections are pruned."""
     return fitted(student, images, 0.6, ensemble_size=3, reject_threshold=2)

@@ -11,13 +11,7 @@ from conftest import CLASSES, Images, build_student, fitted, once, train
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AdaptiveAttack, MaskedMimicryAttack, MimicryAttack
-
-
-@pytest.fixture(scope="module")
-def calibrated(student: Any, images: Images) -> Any:
-    defence = fitted(student, images, {"conv*": 0.5})
-    defence.calibrate(images.x_test, images.y_test, verbose=0)
-    return defence
+from keras_tl_defense.attacks.members import MemberChoice
 
 
 def attacked(images: Images) -> tuple[np.ndarray, ...]:
@@ -51,19 +45,23 @@ def test_it_is_stronger_than_mimicry(calibrated: Any, images: Images) -> None:
     base = calibrated.student.get_layer("base")
     source, own, wanted = attacked(images)
     like = np.stack([images.x_test[images.y_test == label][0] for label in wanted])
-    mimicry = MimicryAttack(base, base.layers[-1].name, **options)(
+    mimicry = MimicryAttack(base, base.layers[-1].name, optimizer="adam", **options)(
         source, like, own, wanted, verbose=0
     )
     adaptive = AdaptiveAttack(calibrated, **options)(*attacked(images), verbose=0)
-    assert succeeded(calibrated, adaptive) >= succeeded(calibrated, mimicry)
+    assert succeeded(calibrated, adaptive) > succeeded(calibrated, mimicry)
     assert adaptive.within_budget.mean() > 0.9
     assert adaptive.gradients == 200
 
 
 @once
-def test_all_members_that_know_the_target_hold(calibrated: Any, images: Images) -> None:
+@pytest.mark.parametrize("members", ["all", "sampled"])
+def test_all_members_that_know_the_target_hold(
+    members: Any, calibrated: Any, images: Images
+) -> None:
+    """Those that were not drawn in the end, too."""
     given = attacked(images)
-    attack = AdaptiveAttack(calibrated, members="all", budget=1.0, steps=200)
+    attack = AdaptiveAttack(calibrated, members=members, samples=1, budget=1.0, steps=200)
     result = attack(*given, verbose=0)
     known = calibrated.member_classes
     knowing = np.stack([np.flatnonzero((known == label).any(axis=1)) for label in given[2]])
@@ -80,10 +78,10 @@ def test_no_member_that_knows_the_target_is_left_out(student: Any, images: Image
     known, classes = defence.member_classes, np.arange(CLASSES)
     counts = [(known == label).any(axis=1).sum() for label in classes]
     assert min(counts) < max(counts)
-    chosen = AdaptiveAttack(defence, members="all")._choose(classes)(slice(0, CLASSES), 0)
+    chosen = MemberChoice(defence, "all", 5, seed=0)(classes)(slice(0, CLASSES), 0)
     for label, members in zip(classes, chosen, strict=True):
         assert set(members) == set(np.flatnonzero((known == label).any(axis=1)))
-    fixed = AdaptiveAttack(defence, members="fixed", samples=min(counts))._choose(classes)
+    fixed = MemberChoice(defence, "fixed", min(counts), seed=0)(classes)
     for members in fixed(slice(0, CLASSES), 0):
         assert len(set(members)) == min(counts)
 

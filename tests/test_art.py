@@ -11,14 +11,8 @@ import tensorflow as tf
 from conftest import CLASSES, Images, build_student, fitted, once
 
 import keras_tl_defense as ktd
+from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import GeneralAttack, as_art_estimator
-
-
-@pytest.fixture(scope="module")
-def calibrated(student: Any, images: Images) -> Any:
-    defence = fitted(student, images, {"conv*": 0.5})
-    defence.calibrate(images.x_test, images.y_test, verbose=0)
-    return defence
 
 
 @pytest.mark.parametrize("decision", ["score", "count"])
@@ -142,6 +136,15 @@ def test_without_art_the_command_is_told(student: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "art.estimators.classification", None)
     with pytest.raises(ImportError, match="pip install adversarial-robustness-toolbox"):
         as_art_estimator(student)
+
+
+def test_what_is_no_classifier(student: Any) -> None:
+    one = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten()])
+    one.add(keras.layers.Dense(1, activation="sigmoid"))
+    with pytest.raises(ValueError, match=r"at least two classes.*shape \(None, 1\)"):
+        as_art_estimator(one)
+    with pytest.raises(ValueError, match="must be a Keras model"):
+        as_art_estimator(student.predict)
 
 
 def test_votes_have_no_gradient(student: Any) -> None:

@@ -307,6 +307,8 @@ def test_an_autoencoder_restores_inputs(shape: tuple[int, ...]) -> None:
     first = slopes[0].reshape(-1, *[1] * (len(shape) - 1)) * axis
     x = np.broadcast_to(128 + first + heights[0].reshape(-1, *[1] * (len(shape) - 1)), shape)
     autoencoder = train_autoencoder(x, epochs=30, batch_size=8, verbose=0)
+    with pytest.raises(ValueError, match=r"in 0..100.*Received: values from"):
+        train_autoencoder(x, value_range=(0, 100))
     restored = autoencoder.predict(x.astype(np.float32), verbose=0)
     assert restored.shape == x.shape
     assert ((restored - x) ** 2).mean() < 0.3 * x.var()

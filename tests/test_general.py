@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Images, build_student, fitted, once
+import tensorflow as tf
+from conftest import CLASSES, Images, build_student, once
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import GeneralAttack
-
-
-@pytest.fixture(scope="module")
-def calibrated(student: Any, images: Images) -> Any:
-    defence = fitted(student, images, {"conv*": 0.5})
-    defence.calibrate(images.x_test, images.y_test, verbose=0)
-    return defence
 
 
 def right(student: Any, images: Images, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -79,13 +73,39 @@ def test_fractions_of_grey_levels_cost_no_success(
     assert misled(student, result) >= 0.5
 
 
+@once
+def test_the_seed_alone_decides_the_noise(student: Any, images: Images) -> None:
+    x, y = right(student, images, 4)
+    found = []
+    for everywhere, seed in ((1, 0), (2, 0), (3, 5)):
+        keras.utils.set_random_seed(everywhere)
+        attack = GeneralAttack(student, "eot-pgd", steps=5, seed=seed)
+        found += [attack(x, y, verbose=0).adversarial for _ in range(2)]
+    for again in found[1:4]:
+        np.testing.assert_array_equal(found[0], again)
+    assert (found[0] != found[4]).any()
+
+
+def test_a_gradient_that_breaks_on_the_way_is_told(student: Any, images: Images) -> None:
+    x, y = right(student, images, 4)
+
+    @tf.custom_gradient
+    def breaking(inputs: tf.Tensor) -> Any:
+        moved = tf.reduce_max(tf.abs(inputs - x.astype(np.float32)))
+        return tf.identity(inputs), lambda above: above / tf.cast(moved < 3, tf.float32)
+
+    attack = GeneralAttack(student, "pgd", preprocessing=breaking, steps=20)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite at step \d+\. Check"):
+        attack(x, y, verbose=0)
+
+
 def test_a_broken_classifier_is_no_robust_one(student: Any, images: Images) -> None:
     broken = keras.models.clone_model(student)
     weights = student.get_weights()
     broken.set_weights([*weights[:-1], weights[-1] * np.nan])
     x, y = right(student, images, 4)
-    for method in ("fgsm", "carlini-wagner"):
-        with pytest.raises(FloatingPointError, match="NaN or infinite at step 1"):
+    for method in ("fgsm", "carlini-wagner", "hop-skip-jump"):
+        with pytest.raises(FloatingPointError, match=r"NaN .* Check what"):
             GeneralAttack(broken, method)(x, y, verbose=0)
 
 

@@ -151,6 +151,8 @@ def test_bad_input(defence: Any, images: Images, results: dict[str, AttackResult
     for wrong in (result, {"a": x}):
         with pytest.raises(TypeError, match=r'attacks=\{"mimicry": result\}'):
             ktd.evaluate_defence(defence, x, y, attacks=wrong, verbose=0)
+    with pytest.raises(TypeError, match=r"must be a `DifferentiatorEnsemble`.*Functional"):
+        ktd.evaluate_defence(defence.student, x, y, verbose=0)
     assert repr(result) == "AttackResult(60 targeted attacks, 40 within budget)"
     with pytest.raises(ValueError, match='cannot be called "clean"'):
         ktd.evaluate_defence(defence, x, y, attacks={"clean": result}, verbose=0)

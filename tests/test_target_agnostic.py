@@ -111,6 +111,12 @@ def test_sounds() -> None:
     assert (result.adversarial != np.rint(result.adversarial)).any()
 
 
+def test_a_teacher_of_one_layer_has_none_before() -> None:
+    flat = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
+    with pytest.raises(ValueError, match=r"no layer before its last.*as `layer`"):
+        TargetAgnosticAttack(flat)
+
+
 def test_effectiveness_counts_attempts() -> None:
     rows = np.array([[0.96, 0.04], [0.3, 0.7], [0.005, 0.995], [0.995, 0.005]])
     table = effectiveness(rows).set_index("confidence")
@@ -121,6 +127,10 @@ def test_effectiveness_counts_attempts() -> None:
     assert defended["attempts"].isna().all()
     with pytest.raises(ValueError, match="rows that sum to 1"):
         effectiveness(np.array([[3.0, -1.0]]))
+    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+        effectiveness(rows, confidences=[95])
+    with pytest.raises(ValueError, match=r"for each of the 4 inputs.*\(3,\)"):
+        effectiveness(rows, accepted=[True, True, False])
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class AdaptiveAttack:
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            hint="check the defence on these images",
+            hint="Check the defence on these images.",
         )
         self.steps = self._search.steps
 

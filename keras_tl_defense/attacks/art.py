@@ -27,9 +27,14 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     the largest where the defence rejects: the Student's largest logit, less how far the score is
     above its threshold (before `calibrate`, how far the members that decide agree). What members
     check an image is drawn as for any image, and gradients go through them. A later `calibrate`
-    does not change the estimator. Any other Keras model has its logits; of a softmax, logarithms
-    are taken. Some attacks of that library, DeepFool for one, are written for images in 0..1;
-    `GeneralAttack` scales them.
+    does not change the estimator. The Student's class `c` is output `c + 1`; attacks without target
+    count a rejection as success, so give them targets. What they make goes into `evaluate_defence`
+    as an `AttackResult`, rounded to uint8.
+
+    Any other Keras model has its logits; of a softmax, logarithms are taken. Inputs of another
+    range, signals in -1..1 for one, are attacked in 0..255, with
+    `preprocessing=keras.layers.Rescaling(2 / 255, offset=-1)`. Some attacks of that library,
+    DeepFool for one, are written for images in 0..1; `GeneralAttack` scales them.
 
     Args:
         classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns
@@ -38,12 +43,14 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
             own.
 
     Returns:
-        An `art.estimators.classification.TensorFlowV2Classifier` of images in 0..255.
+        An `art.estimators.classification.TensorFlowV2Classifier` of images in 0..255. Where a
+        gradient becomes NaN or infinite, or an output NaN, it raises a `FloatingPointError`.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
         RuntimeError: A defence was not fitted.
-        ValueError: All pairs of a defence vote, which has no gradient.
+        ValueError: All pairs of a defence vote, which has no gradient, or the classifier is no
+            Keras model with an output for each of at least two classes.
 
     Example:
         >>> estimator = as_art_estimator(defence)
@@ -82,6 +89,13 @@ def make_estimator(
         check_defence(classifier)
     least = least_score(classifier) if defended else None
     model = classifier.student if defended else classifier
+    outputs_shape = tuple(model.outputs[0].shape) if hasattr(model, "outputs") else ()
+    if len(outputs_shape) != 2 or outputs_shape[1] < 2:
+        raise ValueError(
+            "The classifier must be a Keras model with logits or probabilities of at least two "
+            "classes, one for each. Received: "
+            f"{f'outputs of shape {outputs_shape}' if outputs_shape else repr(classifier)}"
+        )
     shape = tuple(model.inputs[0].shape[1:])
     scaling = (
         classifier.preprocessing if defended else check_callable("preprocessing", preprocessing)
@@ -127,21 +141,46 @@ def make_estimator(
         return tape.gradient(found, images)[:, None]
 
     class Classifier(TensorFlowV2Classifier):
-        """With compiled gradients of classes, and one forward pass for all of them."""
+        """With compiled gradients of classes, and errors where attacks would take NaN for 0."""
+
+        gradients = 0
+
+        def _finite(self, gradient: Any) -> Any:
+            self.gradients += 1
+            if not np.isfinite(gradient).all():
+                raise FloatingPointError(
+                    f"The attack's gradient became NaN or infinite at step {self.gradients}. "
+                    "Check what the classifier says of these images."
+                )
+            return gradient
+
+        def predict(self, x: Any, *others: Any, **options: Any) -> np.ndarray:
+            found = np.asarray(super().predict(x, *others, **options))
+            if np.isnan(found).any():
+                raise FloatingPointError(
+                    f"The classifier's outputs became NaN after {self.gradients} steps. Check what "
+                    "it says of these images."
+                )
+            return found
+
+        def loss_gradient(self, x: Any, y: Any, *others: Any, **options: Any) -> Any:
+            return self._finite(super().loss_gradient(x, y, *others, **options))
 
         def class_gradient(
             self, x: np.ndarray, label: Any = None, training_mode: bool = False, **options: Any
         ) -> np.ndarray:
             if self.preprocessing_defences:
-                return np.asarray(super().class_gradient(x, label, training_mode, **options))
-            images = tf.cast(x, tf.float32)
-            if label is None:
-                return np.array(of_all(images))  # a copy, into which attacks may write
-            return np.array(of_each(images, tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])))
+                found = super().class_gradient(x, label, training_mode, **options)
+            elif label is None:
+                found = of_all(tf.cast(x, tf.float32))
+            else:
+                labels = tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])
+                found = of_each(tf.cast(x, tf.float32), labels)
+            return np.array(self._finite(found))  # a copy, into which attacks may write
 
     return Classifier(
         model=lambda images, training=False: answered(tf.cast(images, tf.float32)),
-        nb_classes=int(model.outputs[0].shape[-1]) + defended,
+        nb_classes=outputs_shape[1] + defended,
         input_shape=shape,
         loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True),
         clip_values=(0.0, highest),

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks.box import check_range
+from keras_tl_defense.data import check_finite
 
 
 def train_autoencoder(
@@ -41,7 +42,8 @@ def train_autoencoder(
         A Keras model from inputs to inputs, in the value range.
 
     Raises:
-        ValueError: The inputs are no images or signals, or an argument is out of range.
+        ValueError: The inputs are no images or signals, not finite or outside the range, or an
+            argument is out of range.
 
     Example:
         >>> autoencoder = train_autoencoder(x_train, epochs=1, verbose=0)
@@ -58,6 +60,11 @@ def train_autoencoder(
         raise ValueError(
             "Inputs must be images, (n, H, W, C), or signals, (n, length, C). "
             f"Received: x.shape={x.shape}"
+        )
+    if not low <= check_finite(x).min() <= x.max() <= high:
+        raise ValueError(
+            f"Inputs must be in {low:g}..{high:g}. Scale them, or give their range as "
+            f"`value_range`. Received: values from {x.min():g} to {x.max():g}"
         )
     width = check_integer("width", width, 2)
     epochs, batch_size = (

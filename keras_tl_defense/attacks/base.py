@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttackResult:
     """Crafted inputs, what they were made from, and what it took.
 
@@ -24,13 +24,18 @@ class AttackResult:
         layer: Name of the Teacher's layer that was attacked, or `None` when there was none.
         members: The differentiators that were attacked, int array of shape `(n, k)`: rows of a
             defence's `member_classes`; `None` when there were none, or other ones all the time.
-        raw: Float32 array: the inputs before they were clipped and rounded.
+        raw: Float32 array: the inputs before they were clipped and rounded; those of
+            `GeneralAttack` are clipped.
         distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
             the crafted input and those wanted, at the attacked layer; of attacks on a defence, what
-            they make small in its place.
-        dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source.
+            they make small in its place; `None` of `GeneralAttack`.
+        dssim: Float array of shape `(n,)`: structural dissimilarity of crafted image and source;
+            `None` of `TargetAgnosticAttack`.
         gradients: Passes forward and backward for each input.
         seconds: Time that the whole attack took.
+
+    An attack of one's own goes into `evaluate_defence` as `AttackResult(images, within_budget,
+    y_source=…)`; so do stamped images of a `Backdoor`, all within budget.
 
     Example:
         >>> student_class = student.predict(result.adversarial, verbose=0).argmax(axis=1)
@@ -95,6 +100,7 @@ class AttackResult:
         if self.y_source is None:
             raise ValueError(
                 "Whether a non-targeted attack succeeds depends on the classes of its sources. "
-                "Pass `y_source` to the attack. Received: y_source=None"
+                "Pass `y_source` to the attack; of inputs made from nothing, which have none, "
+                "`effectiveness` counts those that are taken for any class. Received: y_source=None"
             )
         return answered & (student_class != self.y_source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ class LayerChoice(NamedTuple):
     """What a probe of layers found.
 
     Attributes:
-        layer: The layer at which most attacks succeeded; of several, the last.
+        layer: The layer at which most attacks succeeded; of several, the last. Where none did, it
+            says nothing, and a warning says so.
         table: DataFrame with a row for each layer: `layer`, and `count`, `n`, `rate`, `low` and
             `high` (Wilson 95 % interval) of the attacks that reached their target.
     """
@@ -60,7 +62,8 @@ def best_layer(
         The layer and the table.
 
     Raises:
-        ValueError: No layer is given, or what is given does not fit the Teacher.
+        ValueError: No layer is given, what is given does not fit the Teacher, or the Student
+            answers with something else than rows of outputs.
 
     Example:
         >>> choice = best_layer(
@@ -79,8 +82,20 @@ def best_layer(
     for layer in layers:
         attack = MimicryAttack(teacher, layer, **options)
         result = attack(x_source, x_target, y_source, y_target, verbose=verbose)
-        answered = np.asarray(student_predict(result.adversarial)).argmax(axis=1)
-        rows.append((layer, *astuple(Rate.of(result.reached(answered)))))
+        outputs = np.asarray(student_predict(result.adversarial))
+        if outputs.ndim != 2 or len(outputs) != len(result.adversarial):
+            raise ValueError(
+                "`student_predict` must return the Student's logits or probabilities, a row for "
+                f"each image. Received: shape {outputs.shape} for {len(result.adversarial)} images"
+            )
+        rows.append((layer, *astuple(Rate.of(result.reached(outputs.argmax(axis=1))))))
     table = pd.DataFrame(rows, columns=["layer", *(field.name for field in fields(Rate))])
+    if not table["count"].any():
+        warnings.warn(
+            "No attack reached its target at any layer, so the choice says nothing. Give more "
+            '`steps`, `optimizer="adam"`, a larger `budget` or more images. '
+            f"Received: {len(result.adversarial)} images, layers={list(layers)}",
+            stacklevel=2,
+        )
     last_best = table["count"].to_numpy()[::-1].argmax()
     return LayerChoice(str(table["layer"].iloc[len(table) - 1 - last_best]), table)

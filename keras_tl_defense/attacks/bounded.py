@@ -52,9 +52,12 @@ class Found(NamedTuple):
         return cls(np.zeros(shape, np.uint8), np.zeros(shape, np.float32), *far)
 
     def improve(self, other: Found, budget: float) -> None:
-        """Take from `other` what has a smaller aim within budget, or comes nearer to the budget."""
+        """Take from `other` what has no larger aim within budget, or comes nearer to the budget.
+
+        Of equals the later: an aim of 0, reached for the members of one draw, holds for more then.
+        """
         within, was_within = other.measure <= budget, self.measure <= budget
-        nearer = within & (other.aim < self.aim)
+        nearer = within & (other.aim <= self.aim)
         better = np.where(was_within, nearer, within | (other.measure < self.measure))
         for own, new in zip(self, other, strict=True):
             own[better] = new[better]
@@ -101,8 +104,7 @@ class BoundedDescent:
         penalty = 100 / limit.budget**2 if penalty is None else penalty
         self.penalty = check_positive("penalty", penalty)
         self.batch_size = check_integer("batch_size", batch_size, 1)
-        received = f"Received: penalty={self.penalty}"
-        self._descent = Descent(self._loss, rule(rate), f"Lower `penalty`, or {hint}. {received}")
+        self._descent = Descent(self._loss, rule(rate), hint)
         self._judge = tf.function(aim, reduce_retracing=True)
 
     def progress(self, images: int, verbose: int | str, steps: int | None = None) -> Any:

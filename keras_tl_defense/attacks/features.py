@@ -31,6 +31,11 @@ class LayerFeatures:
         self._graph = ModelGraph(teacher, "teacher")
         if layer is None:
             before = self._graph.steps[self._graph.producer[self._graph.output]].inputs[0]
+            if before not in self._graph.producer:
+                raise ValueError(
+                    "The Teacher has no layer before its last. Name the one to attack as `layer`. "
+                    f"Received: {teacher!r}"
+                )
             layer = self._graph.steps[self._graph.producer[before]].name
         self._tensor = self._graph.layer_output(layer)
         self._preprocessing = check_callable("preprocessing", preprocessing)

@@ -32,9 +32,11 @@ def fingerprint_teacher(
     """Rank candidate Teachers by how little the Student says of images that tell them nothing.
 
     For each candidate, images are crafted from noise whose features at its bottleneck are all zero.
-    A Student that has this bottleneck sees nothing but its own biases, and its probabilities are
-    nearly equal; of another Teacher's images it has an opinion. The Gini coefficient of the
-    probabilities tells the two apart.
+    A Student that has this bottleneck sees nothing but its own biases, and answers all of them
+    alike; of another Teacher's images it has opinions. The paper takes the Gini coefficient of the
+    probabilities, which is near 0 where the biases are small. Ours need not be: features that are
+    scaled before they are learned from leave large ones. So candidates are ranked by how much the
+    answers differ from each other, and the Gini coefficient is given besides.
 
     Args:
         student_predict: Maps images, a uint8 array of shape `(n, H, W, C)`, to the Student's
@@ -49,9 +51,10 @@ def fingerprint_teacher(
         verbose: 0 shows no progress bar.
 
     Returns:
-        A row for each candidate, the likeliest first: `teacher`; `gini`, the mean of its images, in
-        0..1; `features`, the length of the crafted images' features in relation to that of the
-        noise they began as, which is near 0 where the candidate could be imitated at all.
+        A row for each candidate, the likeliest first: `teacher`; `spread`, the mean total variation
+        distance of the answers to its images from their mean, in 0..1; `gini`, the mean of its
+        images, in 0..1; `features`, the length of the crafted images' features in relation to that
+        of the noise they began as, which is near 0 where the candidate could be imitated at all.
 
     Raises:
         ValueError: There is no candidate, a candidate has no such layer, the Student does not take
@@ -70,7 +73,17 @@ def fingerprint_teacher(
         Wang et al., "With Great Training Comes Great Vulnerability", USENIX Security 2018,
         section 5.
     """
-    images, steps = check_integer("images", images, 1), check_integer("steps", steps, 1)
+    images, steps = check_integer("images", images, 2), check_integer("steps", steps, 1)
+    for what, given in (
+        ("teachers", teachers),
+        ("layers", layers),
+        ("preprocessing", preprocessing),
+    ):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"`{what}` must be a dictionary by the names of candidates. "
+                f"Received: {what}={given!r}"
+            )
     if not teachers:
         raise ValueError("Give at least one candidate. Received: teachers={}")
     unknown = sorted({*(layers or {}), *(preprocessing or {})} - set(teachers))
@@ -100,9 +113,10 @@ def fingerprint_teacher(
                 f"`tf.nn.softmax` to logits. Received: shape {answered.shape}"
             )
         before, after = (float(np.linalg.norm(features.of(x, images))) for x in (noise, crafted))
-        rows.append((name, float(gini(answered).mean()), after / max(before, 1e-12)))
-    table = pd.DataFrame(rows, columns=["teacher", "gini", "features"])
-    return table.sort_values("gini", kind="stable", ignore_index=True)
+        spread = np.abs(answered - answered.mean(axis=0)).sum(axis=1).mean() / 2
+        rows.append((name, spread, gini(answered).mean(), after / max(before, 1e-12)))
+    table = pd.DataFrame(rows, columns=["teacher", "spread", "gini", "features"])
+    return table.sort_values("spread", kind="stable", ignore_index=True)
 
 
 def gini(probabilities: np.ndarray) -> np.ndarray:

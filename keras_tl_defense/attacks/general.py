@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +37,6 @@ _STEPS = {
     "carlini-wagner": 20,
     "hop-skip-jump": 20,
 }
-_BROKEN = "Check what the classifier says of these images."
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
@@ -66,7 +66,7 @@ class GeneralAttack:
         batch_size: Images that are crafted at once, `"deepfool"` always one. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own.
-        seed: Decides random starts and noise, by TensorFlow's own generator for one.
+        seed: Decides random starts and noise.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
@@ -101,8 +101,9 @@ class GeneralAttack:
         self.budget, self.norm = self._limit.budget, self._limit.norm
         self.steps = check_integer("steps", _STEPS[method] if steps is None else steps, 1)
         self.batch_size = check_integer("batch_size", batch_size, 1)
-        self.seed = seed
-        around = _expected if method == "eot-pgd" else None
+        self.seed = check_integer("seed", seed, 0)
+        self._noise = tf.random.Generator.from_seed(seed)
+        around = partial(_expected, random=self._noise) if method == "eot-pgd" else None
         # DeepFool, and Carlini and Wagner, are written there for images in 0..1
         self._estimator = make_estimator(classifier, preprocessing, around, highest=1.0)
         self._defended = int(is_defence(classifier))
@@ -124,7 +125,8 @@ class GeneralAttack:
             y_source: The Student's classes of the sources in `0..K-1`, shape `(n,)`. They go into
                 the result; which class an attack without target leaves is for the classifier to
                 say.
-            y_target: Classes of the targets; `None` attacks without target.
+            y_target: Classes of the targets, as the classifier that is attacked numbers them: a
+                Teacher's are not its Students'. `None` attacks without target.
             x_start: For `"hop-skip-jump"` with targets: images that the classifier takes for them,
                 of the same shape.
             verbose: 0 shows no progress bar.
@@ -136,7 +138,7 @@ class GeneralAttack:
         Raises:
             ValueError: The images or classes do not fit the classifier, a target is of its source's
                 class, a defence is attacked without targets, or images to start from are missing.
-            FloatingPointError: A gradient became NaN or infinite.
+            FloatingPointError: A gradient became NaN or infinite, or an output NaN.
         """
         started = time.perf_counter()
         shape = self._estimator.input_shape
@@ -155,6 +157,16 @@ class GeneralAttack:
             )
         if own is not None and wanted is not None:
             check_apart(own, wanted)
+        if wanted is not None and self.method == "deepfool":
+            raise ValueError(
+                "DeepFool looks for the nearest other class and takes no target. Leave "
+                "`y_target` out. Received: method='deepfool' with y_target"
+            )
+        if x_start is not None and (wanted is None or self.method != "hop-skip-jump"):
+            raise ValueError(
+                'Only `"hop-skip-jump"` with `y_target` starts elsewhere than at the sources. '
+                f"Leave `x_start` out. Received: method={self.method!r}, y_target={y_target!r}"
+            )
         given: dict[str, Any] = {}
         if wanted is not None:
             given["y"] = np.eye(self._estimator.nb_classes, dtype=np.float32)[
@@ -173,17 +185,15 @@ class GeneralAttack:
                     f"x_start.shape={start.shape}, x_source.shape={source.shape}"
                 )
             given["x_adv_init"] = start.astype(np.float32) / 255
-        self._check_gradient(source)
+        attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
+        self._estimator.gradients = 0
+        self._noise.reset_from_seed(self.seed)
         before = np.random.get_state()
         np.random.seed(self.seed)
-        tf.random.set_seed(self.seed)
-        attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
         try:
             raw = np.asarray(255 * attack.generate(source.astype(np.float32) / 255, **given), "f")
         finally:
             np.random.set_state(before)
-        if not np.isfinite(raw).all():
-            raise FloatingPointError(f"{self.method!r} made NaN or infinite values. {_BROKEN}")
         raw, images = self._rounded(raw, source, wanted)
         measured = [self._measure(images, source, part) for part in self._parts(len(source))]
         likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
@@ -228,11 +238,6 @@ class GeneralAttack:
                 **common,
             )
         if self.method == "deepfool":
-            if targeted:
-                raise ValueError(
-                    "DeepFool looks for the nearest other class and takes no target. Leave "
-                    "`y_target` out. Received: method='deepfool' with y_target"
-                )
             return evasion.DeepFool(
                 self._estimator,
                 max_iter=self.steps,
@@ -270,17 +275,6 @@ class GeneralAttack:
             images = np.rint(np.clip(kept, 0, 255)).astype(np.uint8)
         return kept, images
 
-    def _check_gradient(self, source: np.ndarray) -> None:
-        """An attack by a broken gradient goes nowhere, and would say that nothing can be done."""
-        if self.method == "hop-skip-jump":
-            return
-        for part in self._parts(len(source)):
-            scaled = source[part].astype(np.float32) / 255
-            taken = self._estimator.predict(scaled).argmax(axis=1)
-            labels = np.eye(self._estimator.nb_classes, dtype=np.float32)[taken]
-            if not np.isfinite(self._estimator.loss_gradient(scaled, labels)).all():
-                raise FloatingPointError(f"The gradient is NaN or infinite at step 1. {_BROKEN}")
-
     def _answers(self, images: np.ndarray) -> np.ndarray:
         scaled = images.astype(np.float32) / 255
         return np.asarray(self._estimator.predict(scaled, self.batch_size).argmax(axis=1))
@@ -295,11 +289,13 @@ class GeneralAttack:
         return dssim(crafted, original).numpy(), self._limit.measure(crafted, original).numpy()
 
 
-def _expected(images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+def _expected(
+    images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor], random: tf.random.Generator
+) -> tf.Tensor:
     """The mean of outputs under noise."""
     shape = (_SAMPLES, tf.shape(images)[0], 1, 1, 1)
-    size = tf.random.uniform(shape, 0, _NOISE)
-    noise = size * tf.random.normal(tf.concat([[_SAMPLES], tf.shape(images)], axis=0))
+    size = random.uniform(shape, 0, _NOISE)
+    noise = size * random.normal(tf.concat([[_SAMPLES], tf.shape(images)], axis=0))
     noisy = tf.reshape(tf.clip_by_value(images + noise, 0, 255), (-1, *images.shape[1:]))
     found = outputs(noisy)
     return tf.reduce_mean(tf.reshape(found, (_SAMPLES, -1, found.shape[1])), axis=0)

@@ -95,7 +95,7 @@ class MaskedMimicryAttack:
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            hint=f"check the Teacher at {layer!r} on these images",
+            hint=f"Check the Teacher at {layer!r} and the defence on these images.",
         )
 
     def __call__(

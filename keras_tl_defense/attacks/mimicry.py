@@ -92,6 +92,9 @@ class MimicryAttack:
         self.layer = layer
         self._limit = Limit(norm, budget)
         self.budget, self.norm = self._limit.budget, self._limit.norm
+        hint = f"Check the Teacher at {layer!r} on these images."
+        if self._limit.penalised:
+            hint = f"Lower `penalty`. {hint} Received: penalty={penalty}"
         self._search = BoundedDescent(
             self._aim,
             self._limit,
@@ -102,7 +105,7 @@ class MimicryAttack:
             penalty=penalty,
             batch_size=batch_size,
             seed=seed,
-            hint=f"check the Teacher at {layer!r} on these images",
+            hint=hint,
         )
         self.steps, self.restarts = self._search.steps, self._search.restarts
         self.batch_size, self.penalty = self._search.batch_size, self._search.penalty
@@ -176,16 +179,15 @@ class MimicryAttack:
             >>> result = attack.untargeted(x_source, x_target[candidates], y_source)
         """
         source, pool = self._check(x_source, "x_source"), self._check(x_pool, "x_pool")
-        own = _check_classes(y_source, len(source), "y_source")
-        others = _check_classes(y_pool, len(pool), "y_pool")
+        own = check_labels(y_source, None, len(source), "y_source")
+        others = check_labels(y_pool, None, len(pool), "y_pool")
         count = check_integer("count", count, 1)
-        if own is None or others is None or any((others == label).all() for label in own):
-            raise ValueError(
-                "Targets must be of another class than their sources. Pass the classes of both, "
-                f"and a pool with more than one. Received: {0 if others is None else len(pool)} "
-                "images in the pool with classes"
-            )
         classes = np.unique(others)
+        if len(classes) == 1 and (own == classes).any():
+            raise ValueError(
+                "Targets must be of another class than their sources. Give a pool with more "
+                f"classes. Received: a pool of class {classes[0]} alone, and sources of it"
+            )
         given = self._features.of(source, self.batch_size)
         apart = np.full((len(source), len(classes)), np.inf)
         nearest = np.zeros(apart.shape, int)

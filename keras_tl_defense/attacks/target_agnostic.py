@@ -150,24 +150,24 @@ class TargetAgnosticAttack:
         strength = self.strength or self._usual_strength()
         rounds = -(-len(numbers) // self.batch_size)
         bar = keras.utils.Progbar(rounds * self.steps, verbose=0 if verbose == 0 else 1)
-        raws, far, within = [], [], []
+        raws, crafted, far, within = [], [], [], []
         for first in range(0, len(numbers), self.batch_size):
             part = slice(first, first + self.batch_size)
             wanted = strength * tf.one_hot(numbers[part], size)
             source = self._begin(rng, len(wanted)) if given is None else given[part]
-            raw = self._craft(tf.constant(source), wanted, bar)
-            crafted = self._clip(raw).astype(np.float32)
+            raw, clipped = self._craft(tf.constant(source), wanted, bar)
             raws.append(raw)
-            far.append(distance(self._features.of(crafted, self.batch_size), wanted).numpy())
-            within.append(self._within(crafted, source))
-        raw = np.concatenate(raws)
+            crafted.append(self._whole(clipped))
+            inputs = crafted[-1].astype(np.float32)
+            far.append(distance(self._features.of(inputs, self.batch_size), wanted).numpy())
+            within.append(self._within(inputs, source))
         return AttackResult(
-            adversarial=self._clip(raw),
+            adversarial=np.concatenate(crafted),
             within_budget=np.concatenate(within),
             source=given,
             y_source=own,
             layer=self.layer,
-            raw=raw,
+            raw=np.concatenate(raws),
             distance=np.concatenate(far),
             gradients=self.steps,
             seconds=time.perf_counter() - started,
@@ -217,19 +217,21 @@ class TargetAgnosticAttack:
         features = self._features(self._box(source).read(w))
         return tf.reduce_mean(tf.math.squared_difference(features, wanted), axis=1)
 
-    def _craft(self, source: tf.Tensor, wanted: tf.Tensor, bar: Any) -> np.ndarray:
+    def _craft(
+        self, source: tf.Tensor, wanted: tf.Tensor, bar: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs, and the same within range and budget."""
         box = self._box(source)
         state = self._descent.start(box.write(source))
         for done in range(0, self.steps, _STEPS_AT_ONCE):
             count = min(_STEPS_AT_ONCE, self.steps - done)
             state = self._descent(state, (source, wanted), done, count)
             bar.add(count)
-        return box.clip(box.read(state[0]).numpy())
+        raw = box.read(state[0]).numpy()
+        return raw, box.clip(raw)
 
-    def _clip(self, raw: np.ndarray) -> np.ndarray:
-        if not self._grey:
-            return np.clip(raw, *self.value_range).astype(np.float32)
-        return np.rint(np.clip(raw, 0, 255)).astype(np.uint8)
+    def _whole(self, inputs: np.ndarray) -> np.ndarray:
+        return np.rint(inputs).astype(np.uint8) if self._grey else inputs
 
 
 def effectiveness(
@@ -251,7 +253,8 @@ def effectiveness(
         how many inputs were tried until every class was reached, NaN where not all were.
 
     Raises:
-        ValueError: The probabilities are not rows that sum to 1.
+        ValueError: The probabilities are not rows that sum to 1, a confidence is not in `(0, 1)`,
+            or `accepted` has another length.
 
     Example:
         >>> rows = np.array([[0.99, 0.01], [0.5, 0.5], [0.02, 0.98]])
@@ -268,6 +271,15 @@ def effectiveness(
         raise ValueError(
             "Probabilities must be rows that sum to 1, such as those of `tf.nn.softmax`. "
             f"Received: shape {probabilities.shape}, sums from {np.min(sums):g} to {np.max(sums):g}"
+        )
+    if not all(0 < confidence < 1 for confidence in confidences):
+        raise ValueError(
+            f"`confidences` must be probabilities in (0, 1). Received: {list(confidences)}"
+        )
+    if accepted is not None and np.shape(accepted) != (len(probabilities),):
+        raise ValueError(
+            f"`accepted` must be a boolean for each of the {len(probabilities)} inputs. "
+            f"Received: accepted.shape={np.shape(accepted)}"
         )
     taken = probabilities.argmax(axis=1)
     rows = []

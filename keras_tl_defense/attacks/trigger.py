@@ -80,7 +80,7 @@ class Patch(NamedTuple):
         return (check_pixels(x) if self.whole else x).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Goal:
     """Which neurons a trigger is to excite.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
+from keras_tl_defense.attacks.defended import is_defence
 from keras_tl_defense.data import Batches, check_labels
 from keras_tl_defense.graph import ModelGraph
 
@@ -60,9 +61,12 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
     if not isinstance(attacks, Mapping) or not all(
         isinstance(result, AttackResult) for result in attacks.values()
     ):
+        received: Any = type(attacks).__name__
+        if isinstance(attacks, Mapping):
+            received = {name: type(result).__name__ for name, result in attacks.items()}
         raise TypeError(
             'Attacks are given by name, as `attacks={"mimicry": result}` with what the attack '
-            f"returned. Received: attacks={type(attacks).__name__}"
+            f"returned, an `AttackResult`. Received: attacks={received!r}"
         )
     shape = _image_shape(defence)
     for name, result in attacks.items():
@@ -106,4 +110,9 @@ def _before_cut(defence: Any, layer: str) -> bool:
 
 
 def _image_shape(defence: Any) -> tuple[int, ...]:
+    if not is_defence(defence):
+        raise TypeError(
+            "What is evaluated must be a `DifferentiatorEnsemble`. "
+            f"Received: defence={type(defence).__name__}"
+        )
     return tuple(defence.student.inputs[0].shape)[1:]
