@@ -162,6 +162,20 @@ def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) ->
 
 
 @once
+def test_confidence_is_how_surely_another_class_is_answered(student: Any, images: Images) -> None:
+    x, y = right(student, images, 8)
+    leads = []
+    for confidence in (0.0, 4.0):
+        attack = GeneralAttack(student, "carlini-wagner", confidence=confidence, budget=5000)
+        found = student.predict(attack(x, y, verbose=0).adversarial.astype(np.float32), verbose=0)
+        left = found[np.arange(len(y)), y]
+        found[np.arange(len(y)), y] = -np.inf
+        leads.append(np.median(found.max(axis=1) - left))
+    assert 0 < leads[0] < 2, leads
+    assert leads[1] > 3.5, leads
+
+
+@once
 def test_on_a_teacher_its_own_classes_are_left(student: Any, images: Images) -> None:
     base = student.get_layer("base")
     x, y = right(student, images)
@@ -183,6 +197,12 @@ def test_bad_arguments(
         GeneralAttack(student, "bim")
     with pytest.raises(ValueError, match="`budget` must be"):
         GeneralAttack(student, "pgd", budget=-1)
+    with pytest.raises(ValueError, match='Only "carlini-wagner" takes a `confidence`'):
+        GeneralAttack(student, "pgd", confidence=5)
+    with pytest.raises(ValueError, match="`confidence` must be"):
+        GeneralAttack(student, "carlini-wagner", confidence=-1)
+    with pytest.raises(ValueError, match="Leave `x_start` out"):
+        GeneralAttack(student, "pgd")(x, y, x_start=x)
     with pytest.raises(ValueError, match="Pass `y_target`"):
         GeneralAttack(calibrated, "pgd")(x, y)
     with pytest.raises(ValueError, match="takes no target"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense._validation import check_choice, check_integer
+from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.attacks.art import make_estimator
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.defended import is_defence
@@ -39,6 +39,7 @@ _STEPS = {
 }
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
+_CONST = 1.0  # where Carlini and Wagner's search for a weight begins; ART's 0.01 finds less
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 
@@ -63,6 +64,9 @@ class GeneralAttack:
         steps: Steps of the method, each of one or more passes. Defaults to 1 for `"fgsm"`, 40 for
             `"pgd"` and `"eot-pgd"`, 10 for `"deepfool"`, 20 for `"carlini-wagner"` and
             `"hop-skip-jump"`.
+        confidence: By how much, under `"carlini-wagner"`, the logit of another class shall exceed
+            that of the class that is left, or the target's all others: images that are to mislead
+            another classifier, too, want more than 0. Defaults to `0`.
         batch_size: Images that are crafted at once, `"deepfool"` always one. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own.
@@ -92,6 +96,7 @@ class GeneralAttack:
         *,
         budget: float | None = None,
         steps: int | None = None,
+        confidence: float = 0.0,
         batch_size: int = 64,
         preprocessing: Any = None,
         seed: int = 0,
@@ -100,6 +105,12 @@ class GeneralAttack:
         self._limit = Limit(_NORMS[method], budget)
         self.budget, self.norm = self._limit.budget, self._limit.norm
         self.steps = check_integer("steps", _STEPS[method] if steps is None else steps, 1)
+        self.confidence = confidence and check_positive("confidence", confidence)
+        if self.confidence and method != "carlini-wagner":
+            raise ValueError(
+                'Only "carlini-wagner" takes a `confidence`. Leave it out. '
+                f"Received: confidence={confidence!r}, method={method!r}"
+            )
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = check_integer("seed", seed, 0)
         self._noise = tf.random.Generator.from_seed(seed)
@@ -250,7 +261,9 @@ class GeneralAttack:
             return evasion.CarliniL2Method(
                 self._estimator,
                 max_iter=self.steps,
+                confidence=self.confidence,
                 learning_rate=0.05,
+                initial_const=_CONST,
                 binary_search_steps=5,
                 targeted=targeted,
                 **common,
