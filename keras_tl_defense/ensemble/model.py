@@ -473,7 +473,8 @@ class DifferentiatorEnsemble(keras.Model):
         good.
 
         Args:
-            x: Training images, as for `adapt`.
+            x: Training images, as for `adapt`. Keep them as secret as the model: heads that others
+                fit to them are much like these, under whatever masks and key.
             y: Integer labels of shape `(n,)` in `0..K-1`.
             epochs: Passes over a differentiator's images in each round of `tune="unfrozen"`; heads
                 have a closed form. Defaults to `5`.
