@@ -94,7 +94,8 @@ class MimicryAttack:
         self.budget, self.norm = self._limit.budget, self._limit.norm
         hint = f"Check the Teacher at {layer!r} on these images."
         if self._limit.penalised:
-            hint = f"Lower `penalty`. {hint} Received: penalty={penalty}"
+            usual = "100 / budget²" if penalty is None else penalty
+            hint = f"Lower `penalty`. {hint} Received: penalty={usual}"
         self._search = BoundedDescent(
             self._aim,
             self._limit,
