@@ -248,6 +248,41 @@ def test_neurons_are_ranked_by_activation_and_outgoing_weights(
             np.testing.assert_allclose(score[best], np.sort(score)[::-1][:5], rtol=1e-4)
 
 
+@once
+def test_outgoing_weights_are_found_behind_depthwise_copies_of_channels() -> None:
+    """Who is whose copy is seen in gradients."""
+    layers = keras.layers
+    for after in (
+        [layers.DepthwiseConv2D(3, depth_multiplier=2), layers.Conv2D(5, 2, name="next")],
+        [layers.DepthwiseConv2D(3, depth_multiplier=3), layers.Flatten(), layers.Dense(4)],
+        [layers.SeparableConv2D(6, 3, depth_multiplier=2)],
+    ):
+        first = layers.Conv2D(4, 3, name="first")
+        teacher = keras.Sequential([keras.Input((8, 8, 3)), first, *after, layers.Flatten()])
+        last = after[-1]
+        kernel = np.array(getattr(last, "pointwise_kernel", getattr(last, "kernel", None)))
+        rows = kernel.reshape(-1, kernel.shape[-1])
+        x = tf.Variable(np.random.default_rng(0).normal(size=(1, 6, 6, 4)), dtype=tf.float32)
+        squares = np.zeros(4)
+        for row, weights in enumerate(rows):
+            only = np.zeros_like(rows)
+            only[row] = weights
+            values = last.get_weights()
+            values[[v.shape for v in values].index(kernel.shape)] = only.reshape(kernel.shape)
+            kept = last.get_weights()
+            last.set_weights(values)
+            with tf.GradientTape() as tape:
+                out = x
+                for layer in after:
+                    out = layer(out)
+            reached = np.abs(tape.gradient(out, x)).sum(axis=(0, 1, 2))
+            last.set_weights(kept)
+            assert np.count_nonzero(reached) == 1
+            squares[reached.argmax()] += np.square(weights).sum()
+        lengths = Neurons(teacher, "first").outgoing()
+        np.testing.assert_allclose(lengths, np.sqrt(squares), rtol=1e-5)
+
+
 def test_mock_pruning_removes_little_active_filters_but_no_chosen_one(heart_teacher: Any) -> None:
     x = signals.load_heartbeats(3, 1, 128).x_train
     neurons, rng = Neurons(heart_teacher, "conv2_2"), np.random.default_rng(0)

@@ -137,7 +137,7 @@ def test_effectiveness_counts_attempts() -> None:
     ("options", "call", "message"),
     [
         ({"start": "black"}, {}, "`start` must be one of"),
-        ({"value_range": (1, 0)}, {}, "`value_range` must be"),
+        ({"value_range": 255}, {}, "`value_range` must be"),
         ({"steps": 0}, {}, "`steps` must be"),
         ({"budget": 0.4}, {}, "`budget` must be at least 1"),
         ({}, {"units": [0], "x": np.full((1, 12, 12, 3), 0.5)}, "Images must be in 0..255"),

@@ -50,10 +50,9 @@ def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
     Raises:
         ValueError: They are not.
     """
-    low, high = value_range
-    if not -np.inf < low < high < np.inf:
+    if np.shape(value_range) != (2,) or not -np.inf < value_range[0] < value_range[1] < np.inf:
         raise ValueError(
             "`value_range` must be a lowest and a higher highest value. "
             f"Received: value_range={value_range!r}"
         )
-    return float(low), float(high)
+    return float(value_range[0]), float(value_range[1])

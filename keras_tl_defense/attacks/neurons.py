@@ -95,15 +95,17 @@ class Neurons:
         Weights beyond a concatenation are not counted; where none are found, all lengths are 1.
         """
         squares = np.zeros(self.count)
-        ahead, seen = [self.tensor], {self.tensor}
+        ahead, copies = [self.tensor], {self.tensor: 1}  # channels that each neuron has become
         while ahead:
-            for number in self.graph.consumers[ahead.pop()]:
+            tensor = ahead.pop()
+            for number in self.graph.consumers[tensor]:
                 step = self.graph.steps[number]
+                multiplied = copies[tensor] * getattr(step.layer, "depth_multiplier", 1)
                 if isinstance(step.layer, NEW_CHANNELS):
-                    squares += _squares(step.layer, self.count)
+                    squares += _squares(step.layer, self.count, multiplied)
                 elif not isinstance(step.layer, keras.layers.Concatenate):
-                    ahead += [tensor for tensor in step.outputs if tensor not in seen]
-                    seen.update(step.outputs)
+                    ahead += [output for output in step.outputs if output not in copies]
+                    copies |= dict.fromkeys(step.outputs, multiplied)
         return np.sqrt(squares) if squares.any() else np.ones(self.count)
 
     def rank(self, x: np.ndarray) -> np.ndarray:
@@ -123,12 +125,13 @@ class Neurons:
         return np.argsort(-score, kind="stable")
 
 
-def _squares(layer: Any, count: int) -> np.ndarray:
-    """The sum of squared weights from each of `count` channels into a layer."""
+def _squares(layer: Any, count: int, copies: int) -> np.ndarray:
+    """The sum of squared weights into a layer from each of `count` channels, `copies` times."""
     kernel = getattr(layer, "pointwise_kernel", None)
     weights = np.array(layer.kernel if kernel is None else kernel)
     if isinstance(layer, TRANSPOSED):
         weights = np.swapaxes(weights, -1, -2)
-    if np.prod(weights.shape[:-1]) % count:
+    if np.prod(weights.shape[:-1]) % (count * copies):
         return np.zeros(count)
-    return np.square(weights.reshape(-1, count, weights.shape[-1])).sum(axis=(0, 2))
+    squares = np.square(weights.reshape(-1, count, copies * weights.shape[-1]))
+    return np.asarray(squares.sum(axis=(0, 2)))

@@ -89,14 +89,14 @@ class TargetAgnosticAttack:
         self._start = check_choice("start", start, ("blank", "random"))
         self.strength = strength if strength is None else check_positive("strength", strength)
         self.budget = budget if budget is None else check_positive("budget", budget)
-        self._grey = tuple(value_range) == (0, 255) and len(self._shape) == 3
+        self.value_range = check_range(value_range)
+        self._grey = self.value_range == (0, 255) and len(self._shape) == 3
         if self._grey and self.budget is not None and self.budget < 1:
             raise ValueError(
                 "Images have whole grey levels, so `budget` must be at least 1. "
                 f"Received: budget={budget!r}"
             )
         self.steps = check_integer("steps", steps, 1)
-        self.value_range = check_range(value_range)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = seed
         rule = adam(check_positive("learning_rate", learning_rate))
