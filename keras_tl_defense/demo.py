@@ -141,7 +141,7 @@ class Demo:
         x, y = dataset.x_test, dataset.y_test
         answered = student.predict(x.astype(np.float32)).argmax(axis=1)
         plan = plan_attacks(y, answered, self.attacks, seed=self.seed)
-        attack = MimicryAttack(teacher, self.cut, budget=0.01, steps=self.steps)
+        attack = MimicryAttack(teacher, self.cut, budget=0.01, steps=self.steps, optimizer="adam")
         sources = x[plan.sources], y[plan.sources]
         return {
             "targeted mimicry": attack(sources[0], x[plan.targets], sources[1], y[plan.targets]),

@@ -109,6 +109,7 @@ def test_who_knows_the_draw_needs_no_other_members(
     assert (score >= calibrated.calibration.threshold).mean() >= (0.6 if masked else 0.9)
 
 
+@once
 def test_masks_help_who_imitates(calibrated: Any, images: Images) -> None:
     """What the members read comes nearer to the target's than by mimicry of the Teacher alone."""
     source, own, wanted = attacked(images)
@@ -137,6 +138,7 @@ def test_masks_help_who_imitates(calibrated: Any, images: Images) -> None:
     assert accepted[1] >= accepted[0]
 
 
+@once
 def test_a_student_with_softmax_is_no_harder(images: Images) -> None:
     keras.utils.set_random_seed(0)
     student = train(build_student(softmax=True), images)

@@ -113,6 +113,7 @@ def test_projected_gradient_descent_beats_one_step_and_rises_with_the_budget(
         assert reached["all"] > 0.9, reached
 
 
+@once
 def test_a_softmax_hides_nothing(student: Any, calibrated: Any, images: Images) -> None:
     """Of a Student that is very sure, and of its defence, beside the same ones with logits."""
     sure = build_student(softmax=True)

@@ -121,6 +121,7 @@ def trained() -> Trained:
     return Trained()
 
 
+@once
 def test_success_rises_with_the_budget_until_hardly_anything_resists(trained: Trained) -> None:
     misled, reached, distance = [], [], []
     for budget in (1e-4, 0.01, 1.0):
@@ -198,6 +199,7 @@ def test_raw_images_are_what_was_rounded(trained: Trained) -> None:
     assert (result.raw != result.adversarial).any()
 
 
+@once
 def test_best_layer_is_the_students_cut(trained: Trained) -> None:
     plan = trained.plan
     images = [trained.x[chosen] for chosen in (plan.sources, plan.targets)]

@@ -193,6 +193,7 @@ def test_a_seed_decides(heart_teacher: Any) -> None:
     assert repr(first).startswith("Backdoor('conv2_2', neurons=(")
 
 
+@once
 def test_through_an_autoencoder_and_pruning(heart_teacher: Any) -> None:
     """The trigger excites after the autoencoder, and without other filters, if it aimed at that."""
     x = signals.load_heartbeats(10, 1, 128, classes=signals.HEARTBEATS[:6]).x_train

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import draw_history
+from conftest import draw_history, once
 
 import keras_tl_defense as ktd
 from keras_tl_defense import activations, metrics, teachers
@@ -97,6 +97,7 @@ def test_docstrings(module: Any, names: dict[str, Any]) -> None:
     assert result.failed == 0
 
 
+@once
 def test_docstrings_of_results(
     names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

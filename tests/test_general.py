@@ -143,6 +143,7 @@ def test_deepfool_looks_at_all_classes(images: Images) -> None:
     assert (before != after).mean() >= 0.8
 
 
+@once
 def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) -> None:
     """By gradients through it and by questions alone, towards a class."""
     student = calibrated.student
