@@ -3,7 +3,8 @@
     python benchmarks/backdoor.py OUTPUT [--cases scans heartbeats] [--variants ranked …]
         [--per-class 100] [--seeds 3]
 
-Teachers are trained on some classes of drawn data, trojaned without any data, and Students made
+Teachers are trained on some classes of drawn data, trojaned without any data but for the variant of
+random neurons, which are chosen of those that a Student's inputs excite, and Students made
 from them for the other classes. Success is the share of test inputs, of those that the defended
 Student answers rightly, that are answered otherwise once they carry the trigger; under this
 library's defence, that are accepted and answered otherwise, of those that the Student answers
@@ -213,7 +214,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         accepting = part["retained"].notna().all()
 
         def rate(column: str, of: str = "right", total: Any = total) -> str:
-            return str(ktd.Rate.of(np.arange(int(total[of])) < int(total[column])))
+            return str(ktd.Rate.of_counts(int(total[column]), int(total[of])))
 
         table.append(
             {

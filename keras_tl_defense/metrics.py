@@ -43,7 +43,16 @@ class Rate:
             >>> print(Rate.of(np.array([True, True, False, True])))
             0.750 [0.301, 0.954] (3/4)
         """
-        count, n = int(np.sum(hits)), len(hits)
+        return cls.of_counts(int(np.sum(hits)), len(hits))
+
+    @classmethod
+    def of_counts(cls, count: int, n: int) -> Rate:
+        """The rate of `count` among `n`.
+
+        Example:
+            >>> print(Rate.of_counts(3, 4))
+            0.750 [0.301, 0.954] (3/4)
+        """
         if n == 0:
             return cls(0, 0, float("nan"), float("nan"), float("nan"))
         interval = binomtest(count, n).proportion_ci(0.95, method="wilson")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Sanity:
             self._backdoor,
             self._adaptive,
         ]
-        if importlib.util.find_spec("art"):
+        if _has_art():
             parts.insert(0, self._general)
         for part in parts:
             print(f"\n== {part.__name__.strip('_').replace('_', '-')}", flush=True)
@@ -81,7 +81,7 @@ class Sanity:
                 self.table.to_csv(self.out / "sanity.csv", index=False)
                 (self.out / "sanity.md").write_text(self.to_markdown(), encoding="utf-8")
         print(f"\n{self.to_markdown()}")
-        if not importlib.util.find_spec("art"):
+        if self._general not in parts:
             print("Without general attacks: pip install adversarial-robustness-toolbox")
         return all(holds for _, holds in self.checks)
 
@@ -143,7 +143,7 @@ class Sanity:
         return self._row(attack, "Student", setting, "misled", result.within_budget & other)
 
     @property
-    def _targets(self) -> tuple[np.ndarray, ...]:
+    def _given(self) -> tuple[np.ndarray, ...]:
         chosen = (self.plan.sources, self.plan.targets)
         return *(self.x[rows] for rows in chosen), *(self.y[rows] for rows in chosen)
 
@@ -191,11 +191,11 @@ class Sanity:
             for budget in budgets:
                 attack = MimicryAttack(self.teacher, _CUT, norm=norm, budget=budget, steps=400)
                 setting = f"{norm} {budget:g}, 400 steps"
-                result = attack(*self._targets)
+                result = attack(*self._given)
                 apart[norm, budget] = float(np.mean(np.asarray(result.distance)))
                 rates.append(self._misled("mimicry", setting, result))
             self._rises(f"mimicry, {norm}", rates)
-        short = MimicryAttack(self.teacher, _CUT, budget=1.0, steps=20)(*self._targets)
+        short = MimicryAttack(self.teacher, _CUT, budget=1.0, steps=20)(*self._given)
         nearer = apart["dssim", 1.0] < np.mean(np.asarray(short.distance))
         self._check("mimicry: more steps come nearer", bool(nearer))
 
@@ -280,7 +280,7 @@ class Sanity:
         defence.calibrate(self.held_out.x_train, self.held_out.y_train)
         assert defence.calibration is not None
         least = defence.calibration.threshold
-        source, target, own, wanted = self._targets
+        source, target, own, wanted = self._given
         rates: dict[str, float] = {}
         scores: dict[str, float] = {}
 
@@ -329,6 +329,15 @@ class Sanity:
             "all known: breaks the defence without a limit",
             rates["all known, no limit"] >= _NEARLY_ALL,
         )
+
+
+def _has_art() -> bool:
+    """Whether adversarial-robustness-toolbox is installed; other packages are imported as `art`."""
+    try:
+        metadata.version("adversarial-robustness-toolbox")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _classes(student: Any, x: np.ndarray) -> np.ndarray:

@@ -114,6 +114,22 @@ def test_projected_gradient_descent_beats_one_step_and_rises_with_the_budget(
 
 
 @once
+def test_a_later_calibration_changes_nothing(calibrated: Any, images: Images) -> None:
+    """Neither outputs nor what is rejected."""
+    asked, x = calibrated.calibration.asked, images.x_test[:60]
+    estimator = as_art_estimator(calibrated)
+    outputs, answers = estimator.predict(x.astype(np.float32)), calibrated.predict(x, verbose=0)
+    calibrated.calibrate(images.x_test, images.y_test, retention=0.5, verbose=0)
+    try:
+        assert (calibrated.predict(x, verbose=0) != answers).any()
+        again = estimator.predict(x.astype(np.float32))
+    finally:
+        calibrated.calibrate(images.x_test, images.y_test, retention=asked, verbose=0)
+    np.testing.assert_allclose(again, outputs, atol=1e-5)
+    np.testing.assert_array_equal(again.argmax(axis=1), answers)
+
+
+@once
 def test_a_softmax_hides_nothing(student: Any, calibrated: Any, images: Images) -> None:
     """Of a Student that is very sure, and of its defence, beside the same ones with logits."""
     sure = build_student(softmax=True)

@@ -184,13 +184,13 @@ def test_other_norms(trained: Trained, norm: str, budgets: tuple[float, ...]) ->
 
 @once
 def test_restarts_keep_the_best_of_all_tries(trained: Trained) -> None:
-    once, more = trained.attack(steps=100), trained.attack(steps=100, restarts=2)
-    assert (more.distance <= once.distance * (1 + 1e-4)).all()
-    assert (more.distance < once.distance * 0.999).any()
+    single, more = trained.attack(steps=100), trained.attack(steps=100, restarts=2)
+    assert (more.distance <= single.distance * (1 + 1e-4)).all()
+    assert (more.distance < single.distance * 0.999).any()
     again = trained.attack(steps=100, restarts=2, batch_size=7)
     np.testing.assert_allclose(again.distance.mean(), more.distance.mean(), rtol=0.02)
-    assert (more.gradients, once.gradients) == (300, 100)
-    assert more.seconds > once.seconds > 0
+    assert (more.gradients, single.gradients) == (300, 100)
+    assert more.seconds > single.seconds > 0
 
 
 def test_raw_images_are_what_was_rounded(trained: Trained) -> None:

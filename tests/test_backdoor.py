@@ -152,10 +152,33 @@ def test_a_stamp_changes_what_is_under_the_mask_alone(case: Case) -> None:
     np.testing.assert_array_equal(stamped[mask], wanted[mask].astype(x.dtype))
     sides = [round(0.2 * side + 0.499) for side in x.shape[1:-1]]
     assert backdoor.mask.sum() == np.prod(sides) * x.shape[-1]
-    with pytest.raises(ValueError, match=r"Inputs must be in .* Received: values from"):
+    with pytest.raises(ValueError, match=r"Inputs must have values in .* Received: values from"):
         backdoor.stamp(x[:2].astype(np.float32) * 1e4)
     with pytest.raises(ValueError, match="shape"):
         backdoor.stamp(x[:, 1:])
+
+
+def test_the_trigger_excites_its_neurons_in_the_clean_teacher(heart_teacher: Any) -> None:
+    """Where no retraining helps it."""
+    x = signals.load_heartbeats(10, 1, 128).x_train
+    few = {"retraining_steps": 1, "trigger_steps": 100, "value_range": (-1, 1)}
+    backdoor = BackdoorAttack(heart_teacher, "conv2_2", **{**SMALL, **few})(x, verbose=0)
+    noise = np.random.default_rng(0).uniform(-1, 1, (5, *x.shape[1:])).astype(np.float32)
+    clean, chosen = Neurons(heart_teacher, "conv2_2"), list(backdoor.neurons)
+    excited, by_chance = (
+        np.mean([clean.excitation_of(replace(backdoor, trigger=t).stamp(x))[:, chosen] for t in ts])
+        for ts in ([backdoor.trigger], noise)
+    )
+    assert excited > 1.3 * by_chance
+
+
+@once
+def test_an_added_trigger_of_images_keeps_to_whole_levels(scan_teacher: Any) -> None:
+    x = scans.load_scans(4, 1, 24).x_train
+    options = {**SMALL, "size": 1.0, "amplitude": 8.6, "retraining_steps": 1}
+    backdoor = BackdoorAttack(scan_teacher, "conv2_1", **options)(x, verbose=0)
+    assert np.abs(backdoor.trigger).max() == 8
+    assert np.abs(backdoor.stamp(x).astype(int) - x).max() == 8
 
 
 @once
@@ -247,6 +270,18 @@ def test_neurons_are_ranked_by_activation_and_outgoing_weights(
             np.testing.assert_allclose(neurons.outgoing(), lengths, rtol=1e-5)
             best = neurons.rank(x)[:5]
             np.testing.assert_allclose(score[best], np.sort(score)[::-1][:5], rtol=1e-4)
+
+
+@once
+def test_activations_below_zero_count_by_their_size() -> None:
+    layers = keras.layers
+    part = keras.Sequential([keras.Input((16, 2)), layers.Conv1D(6, 3, activation="tanh")])
+    teacher = keras.Sequential([*part.layers, layers.Flatten(), layers.Dense(3)])
+    x = np.random.default_rng(0).normal(size=(9, 16, 2)).astype(np.float32)
+    active = np.abs(part.predict(x, verbose=0)).mean(axis=(0, 1))
+    kernel = teacher.layers[-1].get_weights()[0].reshape(14, 6, 3)
+    score = active * np.linalg.norm(kernel, axis=(0, 2))
+    np.testing.assert_array_equal(Neurons(teacher, part.layers[0].name).rank(x), (-score).argsort())
 
 
 @once
@@ -382,7 +417,7 @@ def test_bad_arguments(
 
 def test_what_cannot_be_attacked(scan_teacher: Any) -> None:
     attack = BackdoorAttack(scan_teacher, "conv2_2", retraining_steps=1, trigger_steps=1)
-    with pytest.raises(ValueError, match=r"Inputs must be in 0..255.* Received: "):
+    with pytest.raises(ValueError, match=r"Inputs must have values in 0..255.* Received: "):
         attack(np.full((2, 24, 24, 3), 300.0), verbose=0)
     with pytest.raises(ValueError, match="shape"):
         attack(np.zeros((2, 8, 8, 3)), verbose=0)

@@ -24,6 +24,7 @@ from keras_tl_defense.metrics import Rate
 def test_the_interval_is_wilsons(n: int, data: Any) -> None:
     count = data.draw(st.integers(0, n))
     rate = Rate.of(np.arange(n) < count)
+    assert rate == Rate.of_counts(count, n)
     z, p = 1.959963984540054, count / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -110,10 +110,11 @@ def make_estimator(
         if not defended:
             return own
         found, largest = classifier.call(images), tf.reduce_max(own, axis=1)
-        rejected = largest - certainty(found, least, classifier.reject_threshold)
+        sure = certainty(found, least, classifier.reject_threshold)
         below = largest - _TIE * (1 + tf.abs(largest))  # at the threshold, a tie is no rejection
+        accepted = sure > 0 if least is None else sure >= 0
         rejected = tf.where(
-            found["accepted"], tf.minimum(rejected, below), tf.maximum(rejected, largest)
+            accepted, tf.minimum(largest - sure, below), tf.maximum(largest - sure, largest)
         )
         return tf.concat([rejected[:, None], own], axis=1)
 

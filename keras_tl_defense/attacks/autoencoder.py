@@ -10,8 +10,7 @@ import tensorflow as tf
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
-from keras_tl_defense.attacks.box import check_range
-from keras_tl_defense.data import check_finite
+from keras_tl_defense.attacks.box import check_in_range, check_range
 
 
 def train_autoencoder(
@@ -61,12 +60,8 @@ def train_autoencoder(
             "Inputs must be images, (n, H, W, C), or signals, (n, length, C). "
             f"Received: x.shape={x.shape}"
         )
-    if not low <= check_finite(x).min() <= x.max() <= high:
-        raise ValueError(
-            f"Inputs must be in {low:g}..{high:g}. Scale them, or give their range as "
-            f"`value_range`. Received: values from {x.min():g} to {x.max():g}"
-        )
-    width = check_integer("width", width, 2)
+    check_in_range(x, (low, high))
+    width, seed = check_integer("width", width, 2), check_integer("seed", seed, 0)
     epochs, batch_size = (
         check_integer("epochs", epochs, 1),
         check_integer("batch_size", batch_size, 1),

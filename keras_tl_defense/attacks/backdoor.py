@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer, check_positive
 from keras_tl_defense.attacks.autoencoder import train_autoencoder
-from keras_tl_defense.attacks.box import check_range
+from keras_tl_defense.attacks.box import check_change, check_range, is_grey
 from keras_tl_defense.attacks.neurons import Neurons
 from keras_tl_defense.attacks.reverse_engineering import reverse_engineer
 from keras_tl_defense.attacks.trigger import Goal, Patch, optimise_trigger
@@ -164,7 +164,7 @@ class BackdoorAttack:
                 f"size. Received: a Teacher of inputs {shape}"
             )
         self._shape = tuple(length or 0 for length in shape)
-        self.layer, self.seed = layer, seed
+        self.layer, self.seed = layer, check_integer("seed", seed, 0)
         self.neurons = self._check_neurons(neurons)
         self.size = check_positive("size", size, 1)
         self.amplitude = amplitude if amplitude is None else check_positive("amplitude", amplitude)
@@ -176,6 +176,8 @@ class BackdoorAttack:
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.per_class = check_integer("per_class", per_class, 1)
         self.value_range = check_range(value_range)
+        if self.amplitude is not None and is_grey(self._shape, self.value_range):
+            check_change("amplitude", self.amplitude)
         self.batch_size = check_integer("batch_size", batch_size, 1)
 
     def __call__(self, x: Any = None, *, verbose: int | str = "auto") -> Backdoor:

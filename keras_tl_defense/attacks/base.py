@@ -23,9 +23,8 @@ class AttackResult:
         target: The inputs that they imitate, or `None` when they imitate none.
         layer: Name of the Teacher's layer that was attacked, or `None` when there was none.
         members: The differentiators that were attacked, int array of shape `(n, k)`: rows of a
-            defence's `member_classes`; `None` when there were none, or other ones all the time.
-        raw: Float32 array: the inputs before they were clipped and rounded; those of
-            `GeneralAttack` are clipped.
+            defence's `member_classes`; `None` when there were none, or they were sampled.
+        raw: Float32 array: the inputs before they were clipped and rounded.
         distance: Float array of shape `(n,)`: Euclidean distance between the Teacher's features of
             the crafted input and those wanted, at the attacked layer; of attacks on a defence, what
             they make small in its place; `None` of `GeneralAttack`.

@@ -96,7 +96,7 @@ class BoundedDescent:
         hint: str,
         penalty: float | None = None,
     ) -> None:
-        self._aim, self._limit, self._seed = aim, limit, seed
+        self._aim, self._limit, self._seed = aim, limit, check_integer("seed", seed, 0)
         self.steps = check_integer("steps", steps, 1)
         self.restarts = check_integer("restarts", restarts, 0)
         rule, usual = _RULES[check_choice("optimizer", optimizer, tuple(_RULES))]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_tl_defense.data import check_finite
+
 _SHRINK = 1.98  # so that inputs at the ends of the range move, too: the paper's 2 - 1e-6 holds them
 
 
@@ -56,3 +58,36 @@ def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
             f"Received: value_range={value_range!r}"
         )
     return float(value_range[0]), float(value_range[1])
+
+
+def check_in_range(x: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Inputs that are finite and in their range, as they came.
+
+    Raises:
+        ValueError: They are not.
+    """
+    low, high = value_range
+    if not low <= check_finite(x).min() <= x.max() <= high:
+        raise ValueError(
+            f"Inputs must have values in {low:g}..{high:g}, the `value_range`. Scale them, or give "
+            f"the range that they have. Received: values from {x.min():g} to {x.max():g}"
+        )
+    return x
+
+
+def is_grey(shape: tuple[int, ...], value_range: tuple[float, float]) -> bool:
+    """Whether inputs are images of whole grey levels."""
+    return value_range == (0, 255) and len(shape) == 3
+
+
+def check_change(name: str, change: float) -> None:
+    """Check that images of whole grey levels can be changed by so much.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if change < 1:
+        raise ValueError(
+            f"Images have whole grey levels, so `{name}` must be at least 1. "
+            f"Received: {name}={change!r}"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+_AT_ONCE = 50
 State = tuple[tf.Tensor, ...]
 Rule = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]
 
@@ -75,7 +76,7 @@ class Descent:
                 for part in (state, context)
             ]
             numbers = [tf.TensorSpec((), tf.int32)] * 2
-            self._compiled[key] = tf.function(self._run, input_signature=[*specs, *numbers])
+            self._compiled[key] = tf.function(self._steps, input_signature=[*specs, *numbers])
         steps = (tf.constant(done), tf.constant(count))
         new, broken = self._compiled[key](state, context, *steps)
         if broken > 0:
@@ -84,7 +85,17 @@ class Descent:
             )
         return tuple(new)
 
-    def _run(
+    def run(self, variable: tf.Tensor, context: State, steps: int, bar: Any = None) -> tf.Tensor:
+        """The variable after all steps, which a progress bar counts."""
+        state = self.start(variable)
+        for done in range(0, steps, _AT_ONCE):
+            count = min(_AT_ONCE, steps - done)
+            state = self(state, context, done, count)
+            if bar is not None:
+                bar.add(count)
+        return state[0]
+
+    def _steps(
         self, state: State, context: State, done: tf.Tensor, count: tf.Tensor
     ) -> tuple[State, tf.Tensor]:
         variable, first, second = state

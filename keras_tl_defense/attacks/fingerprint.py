@@ -15,7 +15,7 @@ from keras_tl_defense.attacks.box import Box
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 
-_RATE, _STEPS_AT_ONCE = 0.05, 50
+_RATE = 0.05
 
 
 def fingerprint_teacher(
@@ -59,6 +59,7 @@ def fingerprint_teacher(
     Raises:
         ValueError: There is no candidate, a candidate has no such layer, the Student does not take
             its images, or the Student's answers are no probabilities.
+        TypeError: Candidates, layers or preprocessing are no dictionary.
         FloatingPointError: A gradient became NaN or infinite.
 
     Example:
@@ -74,6 +75,7 @@ def fingerprint_teacher(
         section 5.
     """
     images, steps = check_integer("images", images, 2), check_integer("steps", steps, 1)
+    seed = check_integer("seed", seed, 0)
     for what, given in (
         ("teachers", teachers),
         ("layers", layers),
@@ -154,9 +156,5 @@ def _silence(features: LayerFeatures, noise: np.ndarray, steps: int, bar: Any) -
         return distance(found, tf.zeros_like(found))
 
     descent = Descent(loss, adam(_RATE), "Check the Teacher on noise.")
-    state = descent.start(box.write(tf.constant(noise)))
-    for done in range(0, steps, _STEPS_AT_ONCE):
-        count = min(_STEPS_AT_ONCE, steps - done)
-        state = descent(state, (), done, count)
-        bar.add(count)
-    return np.rint(box.clip(box.read(state[0]).numpy())).astype(np.uint8)
+    w = descent.run(box.write(tf.constant(noise)), (), steps, bar)
+    return np.rint(box.clip(box.read(w).numpy())).astype(np.uint8)

@@ -104,8 +104,9 @@ class GeneralAttack:
         self.method = check_choice("method", method, tuple(_NORMS))
         self._limit = Limit(_NORMS[method], budget)
         self.budget, self.norm = self._limit.budget, self._limit.norm
-        self.steps = check_integer("steps", _STEPS[method] if steps is None else steps, 1)
-        self.confidence = confidence and check_positive("confidence", confidence)
+        most = 1 if method == "fgsm" else None
+        self.steps = check_integer("steps", _STEPS[method] if steps is None else steps, 1, most)
+        self.confidence = 0.0 if confidence == 0 else check_positive("confidence", confidence)
         if self.confidence and method != "carlini-wagner":
             raise ValueError(
                 'Only "carlini-wagner" takes a `confidence`. Leave it out. '
@@ -136,8 +137,8 @@ class GeneralAttack:
             y_source: The Student's classes of the sources in `0..K-1`, shape `(n,)`. They go into
                 the result; which class an attack without target leaves is for the classifier to
                 say.
-            y_target: Classes of the targets, as the classifier that is attacked numbers them: a
-                Teacher's are not its Students'. `None` attacks without target.
+            y_target: The Student's classes of the targets, also for a defence. A Teacher, whose
+                classes are others, is attacked without target: `None`.
             x_start: For `"hop-skip-jump"` with targets: images that the classifier takes for them,
                 of the same shape.
             verbose: 0 shows no progress bar.
@@ -282,8 +283,8 @@ class GeneralAttack:
             return kept, images
         before = self._answers(source)
         for factor in (*_LARGER, 1.0):
-            holds = self._answers(images)
-            holds = holds != before if wanted is None else holds == wanted + self._defended
+            found = self._answers(images)
+            holds = found != before if wanted is None else found == wanted + self._defended
             kept[~holds] = (source + factor * change)[~holds]
             images = np.rint(np.clip(kept, 0, 255)).astype(np.uint8)
         return kept, images

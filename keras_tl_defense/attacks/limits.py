@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl_defense._validation import check_choice, check_positive
-from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.box import Box, check_change
 from keras_tl_defense.attacks.dssim import dssim
 
 Norm = Literal["dssim", "l2", "linf"]
@@ -32,11 +32,8 @@ class Limit:
         self.norm = check_choice("norm", norm, tuple(_DEFAULTS))
         budget = _DEFAULTS[norm] if budget is None else budget
         self.budget = check_positive("budget", budget, 1 if norm == "dssim" else math.inf)
-        if norm == "linf" and self.budget < 1:
-            raise ValueError(
-                'Images have whole grey levels, so `budget` under `norm="linf"` must be at least '
-                f"1. Received: budget={budget!r}"
-            )
+        if norm == "linf":
+            check_change("budget", self.budget)
         self.penalised = norm != "linf"
 
     def measure(self, images: tf.Tensor, source: tf.Tensor) -> tf.Tensor:

@@ -33,7 +33,7 @@ class MemberChoice:
         check_defence(defence)
         self.members = check_choice("members", members, ("all", "fixed", "sampled"))
         self.samples = check_integer("samples", samples, 1)
-        self._known, self._seed = defence.member_classes, seed
+        self._known, self._seed = defence.member_classes, check_integer("seed", seed, 0)
 
     def __call__(self, classes: np.ndarray) -> Callable[[slice, int], np.ndarray]:
         """A function from part of the images and the steps done to rows of differentiators."""
@@ -55,5 +55,5 @@ class MemberChoice:
         return some
 
     def kept(self, chosen: Callable[[slice, int], np.ndarray], count: int) -> np.ndarray | None:
-        """The differentiators of each image where they are the same ones at every step."""
+        """The differentiators of each image, unless they are sampled."""
         return None if self.members == "sampled" else chosen(slice(0, count), 0)

@@ -134,7 +134,7 @@ class MimicryAttack:
 
         Raises:
             ValueError: The images do not fit the Teacher or each other, or are not in 0..255.
-            FloatingPointError: The loss became NaN or infinite.
+            FloatingPointError: A gradient became NaN or infinite.
         """
         source = self._check(x_source, "x_source")
         target = self._check(x_target, "x_target")
@@ -237,7 +237,7 @@ class MimicryAttack:
 
         Raises:
             ValueError: The images do not fit the Teacher or each other, or are not in 0..255.
-            FloatingPointError: The loss became NaN or infinite.
+            FloatingPointError: A gradient became NaN or infinite.
         """
         source = self._check(x_source, "x_source")
         candidates = np.asarray(x_candidates)
@@ -262,7 +262,7 @@ class MimicryAttack:
         )
         relative = apart / np.maximum(lengths, 1e-12)
         best = relative.reshape(n, m).argmin(axis=1)
-        target = candidates[np.arange(n), best]
+        target = flat.reshape(candidates.shape)[np.arange(n), best]
         result = self._attack(source, target, source_classes, None, verbose)
         return replace(
             result,

@@ -24,7 +24,6 @@ class MockPruning:
         chosen: Numbers of the layer's neurons that are never removed: without them, there is
             nothing to excite.
         largest: Largest share that is removed, in `[0, 1)`; 0 removes nothing.
-        batch_size: Inputs at once.
     """
 
     def __init__(
@@ -33,12 +32,11 @@ class MockPruning:
         inputs: np.ndarray,
         chosen: np.ndarray,
         largest: float,
-        batch_size: int = 32,
     ) -> None:
         blocks = find_blocks(teacher.graph, teacher.tensor) if largest else []
         tensors = [b.tensor for b in blocks if b.kind == "filters" and b.problem is None]
         self._largest, self._chosen, self._last = largest, chosen, teacher.tensor
-        self._scores = dict(zip(tensors, _means(teacher, inputs, tensors, batch_size), strict=True))
+        self._scores = dict(zip(tensors, teacher.mean_activations(inputs, tensors), strict=True))
 
     def __call__(self, rng: np.random.Generator) -> dict[int, tf.Tensor]:
         """Masks by the numbers of the tensors that they multiply, of shape `(filters,)`."""
@@ -51,21 +49,3 @@ class MockPruning:
                 mask[self._chosen] = True
             masks[tensor] = tf.constant(mask, tf.float32)
         return masks
-
-
-def _means(
-    teacher: Neurons, inputs: np.ndarray, tensors: list[int], batch_size: int
-) -> list[np.ndarray]:
-    """The mean activation of each channel of some tensors."""
-
-    @tf.function(reduce_retracing=True)
-    def sums(part: tf.Tensor) -> list[tf.Tensor]:
-        prepared = teacher.preprocessing(part) if teacher.preprocessing else part
-        values = teacher.graph.run(prepared, tensors)
-        found = [tf.abs(values[tensor]) for tensor in tensors]
-        means = [tf.reduce_mean(v, axis=list(range(1, v.shape.rank - 1))) for v in found]
-        return [tf.reduce_sum(mean, axis=0) for mean in means]
-
-    starts = range(0, len(inputs) if tensors else 0, batch_size)
-    parts = [sums(tf.constant(inputs[s : s + batch_size])) for s in starts]
-    return [np.sum(found, axis=0) / len(inputs) for found in zip(*parts, strict=True)]

@@ -121,8 +121,34 @@ class Neurons:
         Returns:
             Int array of shape `(neurons,)`.
         """
-        score = np.abs(self.excitation_of(x)).mean(axis=0) * self.outgoing()
+        score = self.mean_activations(x, [self.tensor])[0] * self.outgoing()
         return np.argsort(-score, kind="stable")
+
+    def mean_activations(
+        self, x: np.ndarray, tensors: list[int], batch_size: int = 64
+    ) -> list[np.ndarray]:
+        """The mean absolute activation of each channel of some tensors, over inputs and positions.
+
+        Args:
+            x: Inputs of shape `(n, …)`.
+            tensors: Numbers of tensors.
+            batch_size: Inputs at once.
+
+        Returns:
+            For each tensor a float array of shape `(channels,)`.
+        """
+
+        @tf.function(reduce_retracing=True)
+        def sums(part: tf.Tensor) -> list[tf.Tensor]:
+            prepared = self.preprocessing(part) if self.preprocessing else part
+            values = self.graph.run(prepared, tensors)
+            found = [tf.abs(values[tensor]) for tensor in tensors]
+            means = [tf.reduce_mean(v, axis=list(range(1, v.shape.rank - 1))) for v in found]
+            return [tf.reduce_sum(mean, axis=0) for mean in means]
+
+        starts = range(0, len(x) if tensors else 0, batch_size)
+        parts = [sums(tf.constant(x[s : s + batch_size], tf.float32)) for s in starts]
+        return [np.sum(found, axis=0) / len(x) for found in zip(*parts, strict=True)]
 
 
 def _squares(layer: Any, count: int, copies: int) -> np.ndarray:

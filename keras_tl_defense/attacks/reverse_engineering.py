@@ -14,7 +14,6 @@ from keras_tl_defense.attacks.defended import as_logits
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures
 
-_STEPS_AT_ONCE = 50
 _CELLS = 8  # of the coarsest noise that inputs begin as
 
 
@@ -93,19 +92,15 @@ def reverse_engineer(
     rule = adam(check_positive("learning_rate", learning_rate))
     descent = Descent(loss, rule, f"Lower `learning_rate`. Received: {learning_rate=}")
     labels = np.repeat(np.arange(classes), count)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_integer("seed", seed, 0))
     start = np.stack([_noise(outputs.fixed_shape, rng) for _ in labels])
     bar = keras.utils.Progbar(len(labels), verbose=0 if verbose == 0 else 1)
     made = []
     for first in range(0, len(labels), batch_size):
         part = slice(first, first + batch_size)
         source = tf.constant(low + (high - low) * start[part], tf.float32)
-        state = descent.start(box.write(source))
-        for done in range(0, steps, _STEPS_AT_ONCE):
-            state = descent(
-                state, (tf.constant(labels[part]),), done, min(_STEPS_AT_ONCE, steps - done)
-            )
-        made.append(box.clip(box.read(state[0]).numpy()))
+        w = descent.run(box.write(source), (tf.constant(labels[part]),), steps)
+        made.append(box.clip(box.read(w).numpy()))
         bar.add(len(made[-1]))
     return np.concatenate(made)
 

@@ -14,13 +14,18 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.attacks.base import AttackResult
-from keras_tl_defense.attacks.box import Box, check_range
+from keras_tl_defense.attacks.box import (
+    Box,
+    check_change,
+    check_in_range,
+    check_range,
+    is_grey,
+)
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
-from keras_tl_defense.data import check_finite, check_images, check_labels, check_pixels
+from keras_tl_defense.data import check_images, check_labels, check_pixels
 from keras_tl_defense.metrics import Rate
 
-_STEPS_AT_ONCE = 50
 _BLANK = 0.01  # of the range of values
 _ROUNDING = 1e-5  # of the budget, in float32
 _SAMPLES = 64  # random inputs that tell how large features are
@@ -90,15 +95,12 @@ class TargetAgnosticAttack:
         self.strength = strength if strength is None else check_positive("strength", strength)
         self.budget = budget if budget is None else check_positive("budget", budget)
         self.value_range = check_range(value_range)
-        self._grey = self.value_range == (0, 255) and len(self._shape) == 3
-        if self._grey and self.budget is not None and self.budget < 1:
-            raise ValueError(
-                "Images have whole grey levels, so `budget` must be at least 1. "
-                f"Received: budget={budget!r}"
-            )
+        self._grey = is_grey(self._shape, self.value_range)
+        if self._grey and self.budget is not None:
+            check_change("budget", self.budget)
         self.steps = check_integer("steps", steps, 1)
         self.batch_size = check_integer("batch_size", batch_size, 1)
-        self.seed = seed
+        self.seed = check_integer("seed", seed, 0)
         rule = adam(check_positive("learning_rate", learning_rate))
         hint = f"Lower `learning_rate` or `strength`. Received: layer={self.layer!r}"
         self._descent = Descent(self._loss, rule, hint)
@@ -174,15 +176,13 @@ class TargetAgnosticAttack:
         )
 
     def _check(self, x: Any, count: int) -> np.ndarray:
-        low, high = self.value_range
         x = np.asarray(x)
         x = np.repeat(x[None], count, axis=0) if x.ndim == len(self._shape) else x
-        x = check_finite(check_images(x, self._shape))
-        if len(x) != count or x.min() < low or x.max() > high:
+        x = check_in_range(check_images(x, self._shape), self.value_range)
+        if len(x) != count:
             raise ValueError(
-                f"There must be an input for each of the {count} units, or one for all, with "
-                f"values in {low:g}..{high:g}. Received: x.shape={x.shape}, values from "
-                f"{x.min():g} to {x.max():g}"
+                f"There must be an input for each of the {count} units, or one for all. "
+                f"Received: x.shape={x.shape}"
             )
         return (np.rint(check_pixels(x)) if self._grey else x).astype(np.float32)
 
@@ -222,12 +222,8 @@ class TargetAgnosticAttack:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Inputs, and the same within range and budget."""
         box = self._box(source)
-        state = self._descent.start(box.write(source))
-        for done in range(0, self.steps, _STEPS_AT_ONCE):
-            count = min(_STEPS_AT_ONCE, self.steps - done)
-            state = self._descent(state, (source, wanted), done, count)
-            bar.add(count)
-        raw = box.read(state[0]).numpy()
+        w = self._descent.run(box.write(source), (source, wanted), self.steps, bar)
+        raw = box.read(w).numpy()
         return raw, box.clip(raw)
 
     def _whole(self, inputs: np.ndarray) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.box import Box, check_in_range, is_grey
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.neurons import Neurons
-from keras_tl_defense.data import check_finite, check_images, check_pixels
+from keras_tl_defense.data import check_images, check_pixels
 
 _STEPS_AT_ONCE = 10  # on the same inputs
 _RATE = 0.1
@@ -52,12 +52,13 @@ class Patch(NamedTuple):
         """What values a trigger may have."""
         if self.amplitude is None:
             return Box(*self.value_range)
-        return Box(-self.amplitude, self.amplitude)
+        largest = math.floor(self.amplitude) if self.whole else self.amplitude
+        return Box(-largest, largest)
 
     @property
     def whole(self) -> bool:
         """Whether inputs are images of whole grey levels."""
-        return self.value_range == (0, 255) and self.mask.ndim == 3
+        return is_grey(self.mask.shape, self.value_range)
 
     def put(self, x: tf.Tensor, trigger: Any) -> tf.Tensor:
         """Inputs with the trigger, in the value range, with a gradient."""
@@ -70,13 +71,7 @@ class Patch(NamedTuple):
         Raises:
             ValueError: They have another shape than the mask, or leave the range.
         """
-        x = check_finite(check_images(x, self.mask.shape))
-        low, high = self.value_range
-        if x.min() < low or x.max() > high:
-            raise ValueError(
-                f"Inputs must be in {low:g}..{high:g}, the `value_range`. Received: values from "
-                f"{x.min():g} to {x.max():g}"
-            )
+        x = check_in_range(check_images(x, self.mask.shape), self.value_range)
         return (check_pixels(x) if self.whole else x).astype(np.float32)
 
 

@@ -70,7 +70,7 @@ def retrain(
     optimizer.build(weights)
     some = inputs[draw(len(inputs), min(_MEASURED, len(inputs)), rng)]
     scales = _variances(clean, some, batch_size)
-    pruning = MockPruning(clean, some, goal.neurons, pruned, batch_size)
+    pruning = MockPruning(clean, some, goal.neurons, pruned)
 
     @tf.function(reduce_retracing=True)
     def step(batch: tf.Tensor, masks: dict[int, tf.Tensor]) -> tf.Tensor:

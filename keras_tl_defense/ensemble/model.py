@@ -380,8 +380,7 @@ class DifferentiatorEnsemble(keras.Model):
         asked, threshold, count, n = to_numpy(self._calibration).tolist()
         if n == 0:
             return None
-        kept = Rate.of(np.arange(int(n)) < count)
-        return Calibration(round(asked, 6), kept, threshold)
+        return Calibration(round(asked, 6), Rate.of_counts(int(count), int(n)), threshold)
 
     def adapt(
         self, x: Any, y: Any = None, *, batch_size: int = 32, verbose: int | str = "auto"
