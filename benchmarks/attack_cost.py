@@ -4,8 +4,8 @@
 
 Each attack is made with the same number of steps on one batch of images. Seconds are medians of
 five calls, taken in turn in one process, for one image and step; "times" is in relation to mimicry,
-which needs neither the Student nor the defence. Memory is what a fresh process that has loaded
-Teacher, Student and defence needs more at its peak (Linux's `VmHWM`) for the batch, for one image.
+which needs neither the Student nor the defence. Memory is what a fresh process needs more at its
+peak (Linux's `VmHWM`) for a batch twice as large, for one image.
 Writes `attack_cost.csv` and `attack_cost.json` to `CACHE`.
 """
 
@@ -39,8 +39,7 @@ def attacks(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], 
     case = load_case(name, arguments.data, arguments.cache)
     defence = load_defence(case, arguments.cache)
     x, y = case.x_test[:1000], case.y_test[:1000]
-    defence.predict(x[:1], verbose=0)
-    plan = plan_attacks(y, case.student_class(x), arguments.images, seed=1)
+    plan = plan_attacks(y, y, arguments.images, seed=1)  # nothing runs before the attack
     source, target = x[plan.sources], x[plan.targets]
     own, wanted = y[plan.sources], y[plan.targets]
     size: dict[str, Any] = {"steps": arguments.steps, "batch_size": arguments.images}
@@ -70,12 +69,15 @@ def peak() -> float:
 
 
 def memory(label: str, arguments: argparse.Namespace, name: str) -> float:
-    """MiB more than what is loaded, for each image, of a fresh process."""
-    given = [arguments.data, arguments.cache, "--students", name, "--alone", label]
-    given += ["--images", arguments.images, "--steps", arguments.steps]
-    command = [sys.executable, __file__, *map(str, given)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) / arguments.images
+    """MiB for each image that is added to a batch, by fresh processes."""
+    peaks = []
+    for images in (arguments.images, 2 * arguments.images):
+        given = [arguments.data, arguments.cache, "--students", name, "--alone", label]
+        given += ["--images", images, "--steps", arguments.steps]
+        command = [sys.executable, __file__, *map(str, given)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(float(done.stdout.split()[-1]))
+    return (peaks[1] - peaks[0]) / arguments.images
 
 
 def main() -> None:
@@ -89,11 +91,8 @@ def main() -> None:
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        attack = attacks(arguments.students[0], arguments)[arguments.alone]
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before = peak()
-        attack()
-        print(peak() - before)
+        attacks(arguments.students[0], arguments)[arguments.alone]()
+        print(peak())
         return
     rows = []
     for name in arguments.students:

@@ -47,11 +47,12 @@ METHODS = ("fgsm", "pgd", "eot-pgd", "deepfool", "carlini-wagner")
 
 
 class Attack(NamedTuple):
-    """A row to be: what the attacker has, and how to attack."""
+    """A row to be: what the attacker has, and how to attack each source, once or more often."""
 
     knows: str
     name: str
     make: Callable[[], AttackResult]
+    tries: int = 1
 
 
 def load_defence(case: Case, cache: Path, label: str = "defence", **options: Any) -> Any:
@@ -109,13 +110,16 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     at_cut = {"preprocessing": case.preprocessing}
     within: dict[str, Any] = {"budget": case.budget, "steps": steps, "batch_size": 32}
     given = (source, target, own, wanted)
+    tries = plan.candidates.shape[1]
+    others = plan.candidates.T.ravel()
+    repeated = (np.tile(source, (tries, 1, 1, 1)), x[others], np.tile(own, tries), y[others])
 
-    def mimicry(targeted: bool = True, **options: Any) -> AttackResult:
+    def mimicry(images: Any = given, **options: Any) -> AttackResult:
         attack = MimicryAttack(
             case.teacher, case.cut, steps=600, optimizer="adam", **at_cut, **options
         )
-        if targeted:
-            return attack(*given, verbose=0)
+        if images is not None:
+            return attack(*images, verbose=0)
         return attack.untargeted(source, x[plan.candidates], own, verbose=0)
 
     def general(model: Any, method: Any, **options: Any) -> AttackResult:
@@ -132,12 +136,25 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
         attack = AdaptiveAttack(rebuilt(case, cache, known=known), confidence=HIGH, **within)
         return attack(source, own, verbose=0)
 
+    def anything_often() -> AttackResult:
+        attack = AdaptiveAttack(rebuilt(case, cache), confidence=HIGH, **within)
+        return attack(repeated[0], *repeated[2:], verbose=0)
+
+    def narrow(known: Any) -> AttackResult:
+        attack = AdaptiveAttack(known, norm="linf", steps=steps, batch_size=32)
+        return attack(source, own, wanted, verbose=0)
+
+    def by_gradients() -> AttackResult:
+        return GeneralAttack(defence, "pgd")(source, own, wanted, verbose=0)
+
     def guessed(factor: float = 1.0, known: Known = "nothing", **options: Any) -> AttackResult:
         return adaptive(rebuilt(case, cache, factor, known), confidence=HIGH, **options)
 
     knows = "the Teacher"
     yield Attack(knows, "mimicry, targeted", partial(mimicry, budget=case.budget))
-    yield Attack(knows, "mimicry, non-targeted", partial(mimicry, False, budget=case.budget))
+    yield Attack(knows, "mimicry, non-targeted", partial(mimicry, None, budget=case.budget))
+    made = partial(mimicry, repeated, budget=case.budget)
+    yield Attack(knows, f"mimicry, any of {tries} targets", made, tries)
     yield Attack(knows, "mimicry, largest change 8", partial(mimicry, norm="linf"))
     if case.name != "lfw-mobilenet":  # whose Teacher comes without classes
         for method in METHODS:
@@ -158,6 +175,8 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
         label = f"adaptive, own defence with {factor:g} times the ratios"
         yield Attack(rebuilding, label, partial(guessed, factor))
     yield Attack(rebuilding, "adaptive, own defence, any other class", anything)
+    often = f"adaptive, own defence, any of {tries} targets"
+    yield Attack(rebuilding, often, anything_often, tries)
     yield Attack(rebuilding, "adaptive, own defence, all members", partial(guessed, members="all"))
     trained_on = "the Student, the images that the defence was trained on"
     yield Attack(trained_on, "adaptive, own masks", partial(guessed, known="images"))
@@ -168,6 +187,8 @@ def attacks(case: Case, defence: Any, cache: Path, count: int, steps: int) -> It
     for members in ("fixed", "sampled"):
         made = partial(adaptive, defence, members=members)
         yield Attack(MODEL, f"adaptive, {members} members", made)
+    yield Attack(MODEL, "adaptive, largest change 8", partial(narrow, defence))
+    yield Attack("all, the key, too", "pgd on the defence, largest change 8", by_gradients)
     asked = "answers only"
     for model in (case.student, defence):
         label = "defence" if model is defence else "Student"
@@ -230,13 +251,14 @@ def measure(case: Case, defence: Any, attack: Attack) -> dict[str, Any]:
         ]
         hits["if drawn"] = reached & (np.concatenate(found) >= defence.calibration.threshold)
     row: dict[str, Any] = {"student": case.name, "knows": attack.knows, "attack": attack.name}
-    for name, hit in hits.items():
+    for name, each in hits.items():
+        hit = each.reshape(attack.tries, -1).any(axis=0)
         row |= {name: int(hit.sum()), "n": len(hit)}
     measure = np.asarray(result.dssim) if result.dssim is not None else np.array([np.nan])
     return {
         **row,
         "dssim": float(np.nanmedian(measure)),
-        "seconds": result.seconds / len(reached),
+        "seconds": result.seconds / len(reached) * attack.tries,
         "gradients": float(result.gradients),
     }
 

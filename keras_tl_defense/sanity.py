@@ -201,8 +201,19 @@ class Sanity:
 
     def _fingerprint(self) -> None:
         keras.utils.set_random_seed(self.seed + 1)
+        layers = keras.layers
+        blackened = keras.Sequential(
+            [
+                keras.Input(self.x.shape[1:]),
+                layers.Rescaling(1 / 255),
+                layers.Conv2D(24, 3, strides=2, activation="relu"),
+                layers.Flatten(name=_CUT),
+                layers.Dense(10),
+            ]
+        )
         candidates = {
             "untrained": build_teacher(self.x.shape[1:], 10),
+            "untrained, silenced by black": blackened,
             "another": train_synthetic_teacher(self.seed + 1),
             "own": self.teacher,
         }

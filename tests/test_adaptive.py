@@ -10,7 +10,12 @@ from conftest import CLASSES, Images, build_student, fitted, once, train
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
-from keras_tl_defense.attacks import AdaptiveAttack, MaskedMimicryAttack, MimicryAttack
+from keras_tl_defense.attacks import (
+    AdaptiveAttack,
+    GeneralAttack,
+    MaskedMimicryAttack,
+    MimicryAttack,
+)
 from keras_tl_defense.attacks.members import MemberChoice
 
 
@@ -52,6 +57,19 @@ def test_it_is_stronger_than_mimicry(calibrated: Any, images: Images) -> None:
     assert succeeded(calibrated, adaptive) > succeeded(calibrated, mimicry)
     assert adaptive.within_budget.mean() > 0.9
     assert adaptive.gradients == 200
+
+
+@once
+def test_it_is_no_weaker_than_projected_gradients(calibrated: Any, images: Images) -> None:
+    """Of as many steps within the same largest change, through the defence."""
+    options = {"budget": 24, "steps": 40}
+    passed = {}
+    for attack in (
+        AdaptiveAttack(calibrated, norm="linf", members="fixed", **options),
+        GeneralAttack(calibrated, "pgd", **options),
+    ):
+        passed[type(attack)] = succeeded(calibrated, attack(*attacked(images), verbose=0))
+    assert passed[AdaptiveAttack] >= passed[GeneralAttack] - 0.06 > 0.2, passed
 
 
 @once
@@ -195,7 +213,7 @@ def test_the_seed_decides_the_samples(calibrated: Any, images: Images) -> None:
         ({"members": "drawn"}, "`members` must be one of"),
         ({"samples": 0}, "`samples` must be"),
         ({"confidence": 0}, "`confidence` must be"),
-        ({"budget": 2}, "`budget` must be"),
+        ({"budget": 2}, "structural dissimilarity is in"),
         ({"steps": 0}, "`steps` must be"),
     ],
 )

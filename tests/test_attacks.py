@@ -211,7 +211,7 @@ def test_best_layer_is_the_students_cut(trained: Trained) -> None:
     assert choice.layer == "fc1"
     assert choice.table["layer"].tolist() == layers
     assert (choice.table["n"] == 24).all()
-    with pytest.raises(ValueError, match="Give the names of layers"):
+    with pytest.raises(ValueError, match="Give a list of names of layers"):
         best_layer(trained.teacher, [], predict, *images, *classes)
     with pytest.warns(UserWarning, match="No attack reached its target"):
         best_layer(
@@ -241,7 +241,19 @@ def test_the_teacher_is_found_by_its_silence(trained: Trained) -> None:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     taught.fit(shapes.x_train.astype(np.float32), shapes.y_train, epochs=4, verbose=0)
-    teachers = {"untrained": other, "another": taught, "the Teacher": trained.teacher}
+    blackened = keras.Sequential(
+        [
+            keras.Input((24, 24, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(8, 3, strides=2, activation="relu", name="fc1"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10),
+        ]
+    )  # without biases, so black silences it
+    teachers = {
+        "blackened": blackened, "untrained": other, "another": taught,
+        "the Teacher": trained.teacher,
+    }  # fmt: skip
 
     def predict(x: np.ndarray) -> np.ndarray:
         return tf.nn.softmax(trained.student.predict(x.astype(np.float32), verbose=0)).numpy()
@@ -250,7 +262,9 @@ def test_the_teacher_is_found_by_its_silence(trained: Trained) -> None:
         predict, teachers, layers=dict.fromkeys(teachers, "fc1"), images=4, steps=300, verbose=0
     )
     assert table["teacher"][0] == "the Teacher"
-    assert table["spread"][0] < 0.5 * table["spread"][1]
+    assert table["relative"][0] < 0.5 * table["relative"][1]
+    spread = table.set_index("teacher")["spread"]
+    assert spread["the Teacher"] < 0.5 * spread["another"]
     assert table["features"][0] < 0.1
     with pytest.raises(ValueError, match="must return probabilities"):
         fingerprint_teacher(
@@ -453,9 +467,9 @@ class TestBadInput:
         ("option", "value"),
         [
             ("budget", 0),
-            ("budget", 1.1),
             ("budget", float("nan")),
             ("steps", 0),
+            ("seed", -1),
             ("steps", 1.5),
             ("batch_size", 0),
             ("learning_rate", 0),
@@ -489,6 +503,8 @@ class TestBadInput:
             attack(x, x, np.array([0, 4, 2]), np.array([1, 4, 3]))
         with pytest.raises(ValueError, match=r"whole grey levels.*budget=0.5"):
             MimicryAttack(student, "fc1", norm="linf", budget=0.5)
+        with pytest.raises(ValueError, match=r"in \(0, 1\].*norm=.*budget=1.1"):
+            MimicryAttack(student, "fc1", budget=1.1)
         with pytest.raises(TypeError, match="`preprocessing` must be a callable"):
             MimicryAttack(student, "fc1", preprocessing=3)
         with pytest.raises(ValueError, match=r"shape \(n, m, H, W, C\)"):

@@ -275,13 +275,15 @@ def test_neurons_are_ranked_by_activation_and_outgoing_weights(
 @once
 def test_activations_below_zero_count_by_their_size() -> None:
     layers = keras.layers
-    part = keras.Sequential([keras.Input((16, 2)), layers.Conv1D(6, 3, activation="tanh")])
-    teacher = keras.Sequential([*part.layers, layers.Flatten(), layers.Dense(3)])
+    inputs = keras.Input((16, 2))
+    found = layers.Conv1D(6, 3, activation="tanh", name="signed")(inputs)
+    part = keras.Model(inputs, found)
+    teacher = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(found)))
     x = np.random.default_rng(0).normal(size=(9, 16, 2)).astype(np.float32)
     active = np.abs(part.predict(x, verbose=0)).mean(axis=(0, 1))
     kernel = teacher.layers[-1].get_weights()[0].reshape(14, 6, 3)
     score = active * np.linalg.norm(kernel, axis=(0, 2))
-    np.testing.assert_array_equal(Neurons(teacher, part.layers[0].name).rank(x), (-score).argsort())
+    np.testing.assert_array_equal(Neurons(teacher, "signed").rank(x), (-score).argsort())
 
 
 @once
@@ -377,7 +379,8 @@ def test_an_autoencoder_restores_inputs(shape: tuple[int, ...]) -> None:
     axis = np.linspace(-1, 1, shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))
     first = slopes[0].reshape(-1, *[1] * (len(shape) - 1)) * axis
     x = np.broadcast_to(128 + first + heights[0].reshape(-1, *[1] * (len(shape) - 1)), shape)
-    autoencoder = train_autoencoder(x, epochs=30, batch_size=8, verbose=0)
+    options = {"value_range": (0, 255)} if len(shape) == 3 else {}
+    autoencoder = train_autoencoder(x, epochs=30, batch_size=8, verbose=0, **options)
     with pytest.raises(ValueError, match=r"in 0..100.*Received: values from"):
         train_autoencoder(x, value_range=(0, 100))
     restored = autoencoder.predict(x.astype(np.float32), verbose=0)

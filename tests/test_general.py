@@ -63,6 +63,18 @@ def test_results_are_measured_on_whole_pixels(method: Any, student: Any, images:
 
 @once
 @pytest.mark.parametrize("method", ["fgsm", "pgd"])
+def test_large_logits_hide_no_gradient(method: Any, student: Any, images: Images) -> None:
+    """The same answers, a thousand times as sure."""
+    x, y = right(student, images)
+    sure = keras.models.clone_model(student)
+    weights = student.get_weights()
+    sure.set_weights([*weights[:-2], *(1000 * weight for weight in weights[-2:])])
+    rates = [misled(s, GeneralAttack(s, method, budget=32)(x, y)) for s in (student, sure)]
+    assert rates[1] >= rates[0] - 0.05 > 0.3
+
+
+@once
+@pytest.mark.parametrize("method", ["fgsm", "pgd"])
 def test_fractions_of_grey_levels_cost_no_success(
     method: Any, student: Any, images: Images
 ) -> None:

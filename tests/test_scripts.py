@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Images, build_student, fitted, train
+from conftest import CLASSES, Images, build_student, fitted, train
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -42,6 +42,16 @@ def test_mixed_precision(images: Images, tmp_path: Path) -> None:
         served = tf.saved_model.load(str(defence.export(tmp_path / "served")))
         found = served.signatures["serving_default"](tf.constant(images.x_test, tf.float32))
         assert np.mean(found["answer"] == answers) > 0.95  # bfloat16 rounds differently in a graph
+        sources = (images.x_test[:8], images.y_test[:8])
+        wanted = (images.y_test[:8] + 1) % CLASSES
+        options = {"norm": "linf", "budget": 120, "steps": 40}
+        for attack in (
+            ktd.attacks.AdaptiveAttack(defence, **options),
+            ktd.attacks.GeneralAttack(defence, "pgd", budget=120),
+        ):
+            result = attack(*sources, wanted, verbose=0)
+            passed = result.reached(defence.predict(result.adversarial, verbose=0) - 1)
+            assert passed.mean() >= 0.5, attack
     finally:
         keras.mixed_precision.set_global_policy("float32")
     assert rates["student_accuracy"].rate > 0.8

@@ -40,7 +40,8 @@ class AdaptiveAttack:
             Defaults to `0.5`.
         budget, norm, restarts: As for `MimicryAttack`.
         steps: Steps of Adam. Defaults to `600`.
-        learning_rate: Of Adam. Defaults to `0.01`.
+        learning_rate: Of Adam. Defaults to `0.01`, or `0.1` under
+            `norm="linf"`.
         batch_size: Images that are crafted at once. Defaults to `16`.
         seed: Decides the samples, and the noise of restarts.
 
@@ -71,7 +72,7 @@ class AdaptiveAttack:
         norm: Norm = "dssim",
         steps: int = 600,
         restarts: int = 0,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:

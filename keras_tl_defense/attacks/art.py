@@ -40,7 +40,7 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
         classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns
             logits or probabilities.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
-            own.
+            own, and refuses another.
 
     Returns:
         An `art.estimators.classification.TensorFlowV2Classifier` of images in 0..255. Where a
@@ -49,8 +49,9 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
         RuntimeError: A defence was not fitted.
-        ValueError: All pairs of a defence vote, which has no gradient, or the classifier is no
-            Keras model with an output for each of at least two classes.
+        ValueError: All pairs of a defence vote, which has no gradient, it is given a
+            preprocessing, or the classifier is no Keras model with an output for each of at least
+            two classes.
 
     Example:
         >>> estimator = as_art_estimator(defence)
@@ -87,6 +88,11 @@ def make_estimator(
     defended = is_defence(classifier)
     if defended:
         check_defence(classifier)
+        if preprocessing is not None:
+            raise ValueError(
+                "A defence scales its images itself. Leave `preprocessing` out. "
+                f"Received: preprocessing={preprocessing!r}"
+            )
     least = least_score(classifier) if defended else None
     model = classifier.student if defended else classifier
     outputs_shape = tuple(model.outputs[0].shape) if hasattr(model, "outputs") else ()

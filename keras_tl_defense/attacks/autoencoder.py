@@ -16,7 +16,7 @@ from keras_tl_defense.attacks.box import check_in_range, check_range
 def train_autoencoder(
     x: np.ndarray,
     *,
-    value_range: tuple[float, float] = (0, 255),
+    value_range: tuple[float, float] | None = None,
     width: int = 16,
     epochs: int = 20,
     batch_size: int = 32,
@@ -29,7 +29,8 @@ def train_autoencoder(
 
     Args:
         x: Inputs of shape `(n, H, W, C)` or `(n, length, C)`; labels are not needed.
-        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)`.
+        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)` for images; other
+            inputs need it.
         width: Filters of the first layer; the second has twice as many, and the code half as many.
             Defaults to `16`.
         epochs: Passes over the inputs. Defaults to `20`.
@@ -53,13 +54,13 @@ def train_autoencoder(
         Wang et al., "Backdoor Attacks against Transfer Learning with Pre-trained Deep Learning
         Models", IEEE Transactions on Services Computing 2020.
     """
-    low, high = check_range(value_range)
     x = np.asarray(x)
     if x.ndim not in (3, 4) or not len(x):
         raise ValueError(
             "Inputs must be images, (n, H, W, C), or signals, (n, length, C). "
             f"Received: x.shape={x.shape}"
         )
+    low, high = check_range(value_range, x.shape[1:])
     check_in_range(x, (low, high))
     width, seed = check_integer("width", width, 2), check_integer("seed", seed, 0)
     epochs, batch_size = (

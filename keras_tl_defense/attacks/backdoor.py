@@ -113,8 +113,8 @@ class BackdoorAttack:
         retraining_steps: Steps of Adam for the Teacher, each on a batch. Defaults to `1000`.
         learning_rate: Of the retraining. Defaults to `1e-3`.
         per_class: Inputs that are reverse-engineered for each class. Defaults to `20`.
-        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)`, images of whole
-            grey levels.
+        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)` for images, which
+            then have whole grey levels; other inputs need it.
         batch_size: Inputs in a step. Defaults to `32`.
         preprocessing: Callable from inputs to what the Teacher takes.
         seed: Decides noise and order.
@@ -151,7 +151,7 @@ class BackdoorAttack:
         retraining_steps: int = 1000,
         learning_rate: float = 1e-3,
         per_class: int = 20,
-        value_range: tuple[float, float] = (0, 255),
+        value_range: tuple[float, float] | None = None,
         batch_size: int = 32,
         preprocessing: Any = None,
         seed: int = 0,
@@ -175,7 +175,7 @@ class BackdoorAttack:
         self.retraining_steps = check_integer("retraining_steps", retraining_steps, 1)
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.per_class = check_integer("per_class", per_class, 1)
-        self.value_range = check_range(value_range)
+        self.value_range = check_range(value_range, self._shape)
         if self.amplitude is not None and is_grey(self._shape, self.value_range):
             check_change("amplitude", self.amplitude)
         self.batch_size = check_integer("batch_size", batch_size, 1)

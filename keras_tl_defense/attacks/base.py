@@ -33,6 +33,9 @@ class AttackResult:
         gradients: Passes forward and backward for each input.
         seconds: Time that the whole attack took.
 
+    Raises:
+        ValueError: There is not a boolean, or a class, for each crafted input.
+
     An attack of one's own goes into `evaluate_defence` as `AttackResult(images, within_budget,
     y_source=…)`; so do stamped images of a `Backdoor`, all within budget.
 
@@ -55,6 +58,22 @@ class AttackResult:
     dssim: np.ndarray | None = None
     gradients: float = 0.0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        count, within = len(self.adversarial), self.within_budget
+        if np.shape(within) != (count,) or np.asarray(within).dtype != bool:
+            raise ValueError(
+                "`within_budget` must be a boolean for each crafted input, as `change <= budget` "
+                f"gives it. Received: {np.asarray(within).dtype} of shape {np.shape(within)} for "
+                f"{count} inputs"
+            )
+        for name in ("y_source", "y_target"):
+            labels = getattr(self, name)
+            if labels is not None and np.shape(labels) != (count,):
+                raise ValueError(
+                    f"`{name}` must be a class for each crafted input. "
+                    f"Received: shape {np.shape(labels)} for {count} inputs"
+                )
 
     def __repr__(self) -> str:
         kind = "targeted" if self.targeted else "non-targeted"

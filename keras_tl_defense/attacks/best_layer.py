@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
+from keras_tl_defense.attacks.defended import as_logits
 from keras_tl_defense.attacks.mimicry import MimicryAttack
+from keras_tl_defense.data import check_labels
 from keras_tl_defense.metrics import Rate
 
 
@@ -18,10 +21,11 @@ class LayerChoice(NamedTuple):
     """What a probe of layers found.
 
     Attributes:
-        layer: The layer at which most attacks succeeded; of several, the last. Where none did, it
-            says nothing, and a warning says so.
-        table: DataFrame with a row for each layer: `layer`, and `count`, `n`, `rate`, `low` and
-            `high` (Wilson 95 % interval) of the attacks that reached their target.
+        layer: The layer at which most attacks succeeded; of several, the one at which the Student
+            was surest of the targets. Where none did, it says nothing, and a warning says so.
+        table: DataFrame with a row for each layer: `layer`; `count`, `n`, `rate`, `low` and `high`
+            (Wilson 95 % interval) of the attacks that reached their target; `target_probability`,
+            the mean of what the Student gives the targets.
     """
 
     layer: str
@@ -76,11 +80,12 @@ def best_layer(
     Reference:
         Wang et al., "With Great Training Comes Great Vulnerability", USENIX Security 2018.
     """
-    if not len(layers):
-        raise ValueError(f"Give the names of layers to try. Received: layers={layers!r}")
+    if isinstance(layers, str) or not len(layers):
+        raise ValueError(f"Give a list of names of layers to try. Received: layers={layers!r}")
+    attacks = [MimicryAttack(teacher, layer, **options) for layer in layers]
+    wanted = check_labels(y_target, None, len(x_source), "y_target")
     rows = []
-    for layer in layers:
-        attack = MimicryAttack(teacher, layer, **options)
+    for layer, attack in zip(layers, attacks, strict=True):
         result = attack(x_source, x_target, y_source, y_target, verbose=verbose)
         outputs = np.asarray(student_predict(result.adversarial))
         if outputs.ndim != 2 or len(outputs) != len(result.adversarial):
@@ -88,8 +93,11 @@ def best_layer(
                 "`student_predict` must return the Student's logits or probabilities, a row for "
                 f"each image. Received: shape {outputs.shape} for {len(result.adversarial)} images"
             )
-        rows.append((layer, *astuple(Rate.of(result.reached(outputs.argmax(axis=1))))))
-    table = pd.DataFrame(rows, columns=["layer", *(field.name for field in fields(Rate))])
+        rate = Rate.of(result.reached(outputs.argmax(axis=1)))
+        sure = tf.nn.softmax(as_logits(tf.constant(outputs, tf.float32))).numpy()
+        rows.append((layer, *astuple(rate), sure[np.arange(len(wanted)), wanted].mean()))
+    names = ["layer", *(field.name for field in fields(Rate)), "target_probability"]
+    table = pd.DataFrame(rows, columns=names)
     if not table["count"].any():
         warnings.warn(
             "No attack reached its target at any layer, so the choice says nothing. Give more "
@@ -97,5 +105,5 @@ def best_layer(
             f"Received: {len(result.adversarial)} images, layers={list(layers)}",
             stacklevel=2,
         )
-    last_best = table["count"].to_numpy()[::-1].argmax()
-    return LayerChoice(str(table["layer"].iloc[len(table) - 1 - last_best]), table)
+    ordered = table.sort_values(["count", "target_probability"], kind="stable")
+    return LayerChoice(str(ordered["layer"].iloc[-1]), table)

@@ -26,6 +26,8 @@ _RULES: dict[str, tuple[Callable[[float], Rule], float]] = {
 _DEARER, _CHEAPER = 2.0, 1 / 1.5  # an image's penalty after steps that leave it over budget, or not
 _MOST = 1000.0  # times the penalty, or a part of it
 _RESTART_NOISE = 0.03  # of the variable, where 1 is about half of the grey levels
+_NARROW_NOISE = 1.0  # the same, where it is about half of the budget
+_NARROW_RATE = 10.0  # times the rate of Adam there, for changes that are not far smaller
 
 
 class Found(NamedTuple):
@@ -75,7 +77,8 @@ class BoundedDescent:
         steps: Steps of descent.
         restarts: Further tries, from noise on the sources.
         optimizer: `"adadelta"` or `"adam"`.
-        learning_rate: Of the optimizer; `None` takes 1 for Adadelta and 0.01 for Adam.
+        learning_rate: Of the optimizer; `None` takes 1 for Adadelta and 0.01 for Adam, 0.1 under
+            a largest change.
         penalty: Weight of leaving the budget at first; `None` takes `100 / budget²`.
         batch_size: Images at once.
         seed: Decides the noise of restarts.
@@ -100,12 +103,14 @@ class BoundedDescent:
         self.steps = check_integer("steps", steps, 1)
         self.restarts = check_integer("restarts", restarts, 0)
         rule, usual = _RULES[check_choice("optimizer", optimizer, tuple(_RULES))]
+        if optimizer == "adam" and limit.norm == "linf":
+            usual *= _NARROW_RATE
         rate = check_positive("learning_rate", usual if learning_rate is None else learning_rate)
         penalty = 100 / limit.budget**2 if penalty is None else penalty
         self.penalty = check_positive("penalty", penalty)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self._descent = Descent(self._loss, rule(rate), hint)
-        self._judge = tf.function(aim, reduce_retracing=True)
+        self._judge = tf.function(partial(aim), reduce_retracing=True)
 
     def progress(self, images: int, verbose: int | str, steps: int | None = None) -> Any:
         """A progress bar for so many images; for all tries, unless steps are given."""
@@ -170,7 +175,8 @@ class BoundedDescent:
             np.random.default_rng([self._seed, number, first + image]).standard_normal(shape[1:])
             for image in range(shape[0])
         ]
-        return tf.constant(_RESTART_NOISE * np.stack(noise), tf.float32)
+        size = _NARROW_NOISE if self._limit.norm == "linf" else _RESTART_NOISE
+        return tf.constant(size * np.stack(noise), tf.float32)
 
     def _descend(
         self,

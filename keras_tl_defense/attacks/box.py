@@ -46,12 +46,21 @@ class Box(NamedTuple):
         return np.asarray(clipped, inputs.dtype)
 
 
-def check_range(value_range: tuple[float, float]) -> tuple[float, float]:
-    """A lowest and a higher highest value.
+def check_range(
+    value_range: tuple[float, float] | None, shape: tuple[int | None, ...]
+) -> tuple[float, float]:
+    """A lowest and a higher highest value; of images 0 and 255, unless others are given.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They are not, or inputs that are no images are given none.
     """
+    if value_range is None:
+        if len(shape) == 3:
+            return 0.0, 255.0
+        raise ValueError(
+            "Inputs that are no images may have any range. Give it as `value_range`, such as "
+            f"(-1, 1). Received: value_range=None for inputs of shape {tuple(shape)}"
+        )
     if np.shape(value_range) != (2,) or not -np.inf < value_range[0] < value_range[1] < np.inf:
         raise ValueError(
             "`value_range` must be a lowest and a higher highest value. "
@@ -88,6 +97,6 @@ def check_change(name: str, change: float) -> None:
     """
     if change < 1:
         raise ValueError(
-            f"Images have whole grey levels, so `{name}` must be at least 1. "
+            f"Images have whole grey levels, of 0..255, so `{name}` must be at least 1. "
             f"Received: {name}={change!r}"
         )

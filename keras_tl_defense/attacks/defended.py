@@ -11,7 +11,8 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def as_logits(outputs: tf.Tensor) -> tf.Tensor:
-    """A classifier's logits; the logarithms of its outputs where it ends in a softmax."""
+    """A classifier's logits, float32; the logarithms of its outputs where it ends in a softmax."""
+    outputs = tf.cast(outputs, tf.float32)
     sums, least = tf.reduce_sum(outputs, axis=1), tf.reduce_min(outputs)
     probable = (least >= 0) & (tf.reduce_max(tf.abs(sums - 1)) < 1e-3)
     return tf.where(probable, tf.math.log(tf.maximum(outputs, _SMALLEST)), outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -76,7 +77,9 @@ class Descent:
                 for part in (state, context)
             ]
             numbers = [tf.TensorSpec((), tf.int32)] * 2
-            self._compiled[key] = tf.function(self._steps, input_signature=[*specs, *numbers])
+            self._compiled[key] = tf.function(
+                partial(self._steps), input_signature=[*specs, *numbers]
+            )
         steps = (tf.constant(done), tf.constant(count))
         new, broken = self._compiled[key](state, context, *steps)
         if broken > 0:

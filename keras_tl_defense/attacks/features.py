@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class LayerFeatures:
         self._preprocessing = check_callable("preprocessing", preprocessing)
         self.layer = layer
         self.input_shape = self._graph.input_shape
-        self._compiled = tf.function(self.__call__, reduce_retracing=True)
+        self._compiled = tf.function(partial(self.__call__), reduce_retracing=True)
 
     @property
     def fixed_shape(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 
 _RATE = 0.05
+_ALIKE = 1e-6  # a spread that is rounding alone
 
 
 def fingerprint_teacher(
@@ -36,7 +37,9 @@ def fingerprint_teacher(
     alike; of another Teacher's images it has opinions. The paper takes the Gini coefficient of the
     probabilities, which is near 0 where the biases are small. Ours need not be: features that are
     scaled before they are learned from leave large ones. So candidates are ranked by how much the
-    answers differ from each other, and the Gini coefficient is given besides.
+    answers differ from each other, in relation to how much they differ where the same pixels stand
+    in another order: images that became alike, all black for one, get the same answers from every
+    Student and tell nothing. The Gini coefficient is given besides.
 
     Args:
         student_predict: Maps images, a uint8 array of shape `(n, H, W, C)`, to the Student's
@@ -51,10 +54,12 @@ def fingerprint_teacher(
         verbose: 0 shows no progress bar.
 
     Returns:
-        A row for each candidate, the likeliest first: `teacher`; `spread`, the mean total variation
-        distance of the answers to its images from their mean, in 0..1; `gini`, the mean of its
-        images, in 0..1; `features`, the length of the crafted images' features in relation to that
-        of the noise they began as, which is near 0 where the candidate could be imitated at all.
+        A row for each candidate, the likeliest first: `teacher`; `relative`, its `spread` divided
+        by that of its images shuffled, below 1 where the order of pixels matters; `spread`, the
+        mean total variation distance of the answers to its images from their mean, in 0..1; `gini`,
+        the mean of its images, in 0..1; `features`, the length of the crafted images' features in
+        relation to that of the noise they began as, which is near 0 where the candidate could be
+        imitated at all.
 
     Raises:
         ValueError: There is no candidate, a candidate has no such layer, the Student does not take
@@ -102,23 +107,29 @@ def fingerprint_teacher(
         shape = (images, *features.fixed_shape)
         noise = np.random.default_rng(seed).uniform(0, 255, shape).astype(np.float32)
         crafted = _silence(features, noise, steps, bar)
+        order = np.random.default_rng(seed).permutation(crafted[0, ..., 0].size)
+        shuffled = crafted.reshape(images, -1, shape[-1])[:, order].reshape(shape)
         try:
-            answered = np.asarray(student_predict(crafted), np.float64)
+            answers = [np.asarray(student_predict(x), np.float64) for x in (crafted, shuffled)]
         except (ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"The Student does not take images of the candidate {name!r}. Leave it out, or "
                 f"resize in `student_predict`. Received: images of shape {shape[1:]}"
             ) from error
+        answered = answers[0]
         if answered.ndim != 2 or not np.allclose(answered.sum(axis=1), 1, atol=1e-3):
             raise ValueError(
                 "`student_predict` must return probabilities, rows that sum to 1. Apply "
                 f"`tf.nn.softmax` to logits. Received: shape {answered.shape}"
             )
         before, after = (float(np.linalg.norm(features.of(x, images))) for x in (noise, crafted))
-        spread = np.abs(answered - answered.mean(axis=0)).sum(axis=1).mean() / 2
-        rows.append((name, spread, gini(answered).mean(), after / max(before, 1e-12)))
-    table = pd.DataFrame(rows, columns=["teacher", "spread", "gini", "features"])
-    return table.sort_values("spread", kind="stable", ignore_index=True)
+        spread, usual = (
+            np.abs(given - given.mean(axis=0)).sum(axis=1).mean() / 2 for given in answers
+        )
+        relative = spread / usual if usual > _ALIKE else 1.0
+        rows.append((name, relative, spread, gini(answered).mean(), after / max(before, 1e-12)))
+    table = pd.DataFrame(rows, columns=["teacher", "relative", "spread", "gini", "features"])
+    return table.sort_values("relative", kind="stable", ignore_index=True)
 
 
 def gini(probabilities: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ _STEPS = {
     "hop-skip-jump": 20,
 }
 _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
+_LEAD = 10.0  # of a logit, beyond which the gradient of the cross-entropy soon becomes 0
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _CONST = 1.0  # where Carlini and Wagner's search for a weight begins; ART's 0.01 finds less
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
@@ -57,7 +58,8 @@ class GeneralAttack:
 
     Args:
         classifier: A Keras model of images that returns logits or probabilities, or a fitted
-            `DifferentiatorEnsemble` with `mode="validate"`, on which attacks are targeted.
+            `DifferentiatorEnsemble` with `mode="validate"`, on which attacks are targeted, so not
+            by `"deepfool"`.
         method: One of the above.
         budget: Largest change, or Euclidean change over all numbers of an image, in grey levels.
             Defaults to 8 or 500.
@@ -69,13 +71,13 @@ class GeneralAttack:
             another classifier, too, want more than 0. Defaults to `0`.
         batch_size: Images that are crafted at once, `"deepfool"` always one. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
-            own.
+            own, and refuses another.
         seed: Decides random starts and noise.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
-        ValueError: An argument is out of range, all pairs of a defence vote, or the classifier
-            takes no images.
+        ValueError: An argument is out of range or does not fit the method or the classifier, all
+            pairs of a defence vote, or the classifier takes no images.
 
     Example:
         >>> attack = GeneralAttack(student, "pgd", budget=16)
@@ -115,10 +117,19 @@ class GeneralAttack:
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = check_integer("seed", seed, 0)
         self._noise = tf.random.Generator.from_seed(seed)
-        around = partial(_expected, random=self._noise) if method == "eot-pgd" else None
+        around: Any = {
+            "fgsm": _levelled,
+            "pgd": _levelled,
+            "eot-pgd": partial(_expected, random=self._noise),
+        }.get(method)
         # DeepFool, and Carlini and Wagner, are written there for images in 0..1
         self._estimator = make_estimator(classifier, preprocessing, around, highest=1.0)
         self._defended = int(is_defence(classifier))
+        if self._defended and method == "deepfool":
+            raise ValueError(
+                "DeepFool takes no target, and attacks on a defence need one. Take "
+                '"carlini-wagner" or "pgd". Received: method=\'deepfool\' with a defence'
+            )
         check_takes_images(self._estimator.input_shape, "classifier")
 
     def __call__(
@@ -303,6 +314,13 @@ class GeneralAttack:
         return dssim(crafted, original).numpy(), self._limit.measure(crafted, original).numpy()
 
 
+def _levelled(images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Outputs that are made smaller where the largest leads by so much that gradients vanish."""
+    found = outputs(images)
+    top = tf.math.top_k(found, 2).values
+    return found / tf.stop_gradient(tf.maximum((top[:, :1] - top[:, 1:]) / _LEAD, 1.0))
+
+
 def _expected(
     images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor], random: tf.random.Generator
 ) -> tf.Tensor:
@@ -311,5 +329,5 @@ def _expected(
     size = random.uniform(shape, 0, _NOISE)
     noise = size * random.normal(tf.concat([[_SAMPLES], tf.shape(images)], axis=0))
     noisy = tf.reshape(tf.clip_by_value(images + noise, 0, 255), (-1, *images.shape[1:]))
-    found = outputs(noisy)
+    found = _levelled(noisy, outputs)
     return tf.reduce_mean(tf.reshape(found, (_SAMPLES, -1, found.shape[1])), axis=0)

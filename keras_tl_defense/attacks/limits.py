@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -31,7 +30,12 @@ class Limit:
     def __init__(self, norm: str, budget: float | None) -> None:
         self.norm = check_choice("norm", norm, tuple(_DEFAULTS))
         budget = _DEFAULTS[norm] if budget is None else budget
-        self.budget = check_positive("budget", budget, 1 if norm == "dssim" else math.inf)
+        self.budget = check_positive("budget", budget)
+        if norm == "dssim" and self.budget > 1:
+            raise ValueError(
+                "A structural dissimilarity is in (0, 1]. For a budget in grey levels, give "
+                f'`norm="linf"` or `norm="l2"`. Received: budget={budget!r}'
+            )
         if norm == "linf":
             check_change("budget", self.budget)
         self.penalised = norm != "linf"

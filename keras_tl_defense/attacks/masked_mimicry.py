@@ -68,7 +68,7 @@ class MaskedMimicryAttack:
         norm: Norm = "dssim",
         steps: int = 600,
         restarts: int = 0,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         batch_size: int = 16,
         seed: int = 0,
         preprocessing: Any = None,

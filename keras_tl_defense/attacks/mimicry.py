@@ -47,7 +47,8 @@ class MimicryAttack:
             to `0`.
         optimizer: `"adadelta"`, as in the paper, or `"adam"`, which succeeded as often with a
             quarter of the steps on faces. Defaults to `"adadelta"`.
-        learning_rate: Of the optimizer. Defaults to 1 for Adadelta and 0.01 for Adam.
+        learning_rate: Of the optimizer. Defaults to 1 for Adadelta and 0.01 for Adam, 0.1 under
+            `norm="linf"`.
         penalty: Weight of leaving the budget, at first: every ten steps each image's own doubles
             where it is over budget, and falls by a third where it is not. Defaults to `100 /
             budget²`, which is 1e6 at 0.01.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Neurons:
         self.tensor = tensor
         self.count = int(self.graph.shapes[tensor][-1] or 0)
         self.preprocessing = check_callable("preprocessing", preprocessing)
-        self._compiled = tf.function(lambda x: self.excitation(x), reduce_retracing=True)
+        self._compiled = tf.function(partial(self.excitation), reduce_retracing=True)
 
     def run(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The layer's features and the Teacher's outputs, with gradients."""

@@ -24,7 +24,7 @@ def reverse_engineer(
     steps: int = 150,
     learning_rate: float = 0.05,
     smoothness: float = 1.0,
-    value_range: tuple[float, float] = (0, 255),
+    value_range: tuple[float, float] | None = None,
     batch_size: int = 64,
     preprocessing: Any = None,
     seed: int = 0,
@@ -44,7 +44,8 @@ def reverse_engineer(
         steps: Steps of Adam. Defaults to `150`.
         learning_rate: Of Adam, for `w`. Defaults to `0.05`.
         smoothness: Weight of neighbours' differences, 0 or more. Defaults to `1.0`.
-        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)`.
+        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)` for images; other
+            inputs need it.
         batch_size: Inputs that are made at once. Defaults to `64`.
         preprocessing: Callable from inputs to what the Teacher takes.
         seed: Decides the noise.
@@ -67,7 +68,7 @@ def reverse_engineer(
         Models", IEEE Transactions on Services Computing 2020.
     """
     outputs = LayerFeatures(teacher, teacher.layers[-1].name, preprocessing)
-    low, high = check_range(value_range)
+    low, high = check_range(value_range, outputs.input_shape)
     count, steps = check_integer("per_class", per_class, 1), check_integer("steps", steps, 1)
     batch_size = check_integer("batch_size", batch_size, 1)
     if not 0 <= smoothness < np.inf:

@@ -53,8 +53,9 @@ class TargetAgnosticAttack:
             sets no limit but the range.
         steps: Steps of Adam. Defaults to `300`.
         learning_rate: Of Adam, for `w`. Defaults to `0.05`.
-        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)`, images of whole
-            grey levels; results of another range are not rounded.
+        value_range: Lowest and highest value of inputs. Defaults to `(0, 255)` for images, which
+            then have whole grey levels; other inputs need it, and results of theirs are not
+            rounded.
         batch_size: Inputs that are crafted at once. Defaults to `64`.
         preprocessing: Callable from inputs to what the Teacher takes.
         seed: Decides the noise.
@@ -83,7 +84,7 @@ class TargetAgnosticAttack:
         budget: float | None = None,
         steps: int = 300,
         learning_rate: float = 0.05,
-        value_range: tuple[float, float] = (0, 255),
+        value_range: tuple[float, float] | None = None,
         batch_size: int = 64,
         preprocessing: Any = None,
         seed: int = 0,
@@ -94,7 +95,7 @@ class TargetAgnosticAttack:
         self._start = check_choice("start", start, ("blank", "random"))
         self.strength = strength if strength is None else check_positive("strength", strength)
         self.budget = budget if budget is None else check_positive("budget", budget)
-        self.value_range = check_range(value_range)
+        self.value_range = check_range(value_range, self._shape)
         self._grey = is_grey(self._shape, self.value_range)
         if self._grey and self.budget is not None:
             check_change("budget", self.budget)
@@ -135,7 +136,10 @@ class TargetAgnosticAttack:
         size = self._features.of(np.full((1, *self._shape), self.value_range[0]), 1).shape[1]
         numbers = np.arange(size) if units is None else np.asarray(units)
         if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
-            raise ValueError(f"`units` must be some integers. Received: units={units!r}")
+            raise ValueError(
+                "`units` must be some integers; inputs to begin with are passed as `x`. "
+                f"Received: {numbers.dtype} of shape {numbers.shape}"
+            )
         if numbers.min() < 0 or numbers.max() >= size:
             raise ValueError(
                 f"The layer {self.layer!r} has the units 0..{size - 1}. "
@@ -268,9 +272,10 @@ def effectiveness(
             "Probabilities must be rows that sum to 1, such as those of `tf.nn.softmax`. "
             f"Received: shape {probabilities.shape}, sums from {np.min(sums):g} to {np.max(sums):g}"
         )
-    if not all(0 < confidence < 1 for confidence in confidences):
+    if np.ndim(confidences) != 1 or not all(0 < confidence < 1 for confidence in confidences):
         raise ValueError(
-            f"`confidences` must be probabilities in (0, 1). Received: {list(confidences)}"
+            "`confidences` must be a list of probabilities in (0, 1). "
+            f"Received: confidences={confidences!r}"
         )
     if accepted is not None and np.shape(accepted) != (len(probabilities),):
         raise ValueError(

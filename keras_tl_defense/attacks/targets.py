@@ -56,7 +56,7 @@ def plan_attacks(
     """
     count = check_integer("count", count, 1)
     candidates = check_integer("candidates", candidates, 1)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_integer("seed", seed, 0))
     y, student_class = np.asarray(y), np.asarray(student_class)
     if y.ndim != 1 or y.shape != student_class.shape:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import AttackResult
 from keras_tl_defense.attacks.defended import is_defence
-from keras_tl_defense.data import Batches, check_labels
+from keras_tl_defense.data import Batches, check_labels, check_pixels
 from keras_tl_defense.graph import ModelGraph
 
 
@@ -86,12 +87,17 @@ def check_attacks(attacks: Any, defence: Any) -> Mapping[str, AttackResult]:
             if labels is not None:
                 where = f"attacks[{name!r}].{field}"
                 check_labels(labels, defence.classes, len(result.adversarial), where)
-        result.reached(np.zeros(len(result.adversarial), int))  # refuses unknown sources
+        check_pixels(result.adversarial, f"attacks[{name!r}].adversarial")
+        try:
+            result.reached(np.zeros(len(result.adversarial), int))
+        except ValueError as error:
+            raise ValueError(f"attacks[{name!r}]: {error}") from error
         if result.layer is not None and not _before_cut(defence, result.layer):
             warnings.warn(
-                f"The attack {name!r} imitates the layer {result.layer!r}, which is not among the "
-                "layers that the Student has from its Teacher, so it is weaker than it could be. "
-                f"Attack the Teacher at the cut, {defence.cut!r}, or see `best_layer`.",
+                f"The attack {name!r} imitates the layer {result.layer!r}, and none of that name "
+                "is among the layers that the Student has from its Teacher, so it may be weaker "
+                "than it could be. Attack the Teacher's layer that the Student calls "
+                f"{defence.cut!r}, its cut, or see `best_layer`.",
                 stacklevel=3,
             )
     return attacks
@@ -101,7 +107,12 @@ def _before_cut(defence: Any, layer: str) -> bool:
     """Whether a layer of the Student, or a model within it, ends at the cut or before."""
     graph = ModelGraph(defence.student, "student")
     last = graph.producer[graph.layer_output(defence.cut)]
-    if layer in {step.name.split("/")[-1] for step in graph.steps[: last + 1]}:
+    before = graph.steps[: last + 1]
+    if layer in {step.name.split("/")[-1] for step in before}:
+        return True
+    counted = re.compile(r"_\d+$")  # Keras numbers its own names: the Teacher's may be another
+    names = {counted.sub("", step.layer.name) for step in before if not step.layer.weights}
+    if counted.sub("", layer) in names:
         return True
     try:
         return graph.producer[graph.layer_output(layer)] <= last
