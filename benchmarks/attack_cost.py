@@ -4,14 +4,15 @@
 
 Each attack is made with the same number of steps on one batch of images. Seconds are medians of
 five calls, taken in turn in one process, for one image and step; "times" is in relation to mimicry,
-which needs neither the Student nor the defence. Memory is what a fresh process needs more at its
-peak (Linux's `VmHWM`) for a batch twice as large, for one image.
+which needs neither the Student nor the defence. Memory is what a fresh process that has attacked
+two images needs more at its peak (`VmHWM` of Linux with glibc) for the batch, for one image.
 Writes `attack_cost.csv` and `attack_cost.json` to `CACHE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,19 +35,19 @@ from keras_tl_defense.attacks import (
 )
 
 
-def attacks(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def attacks(name: str, arguments: argparse.Namespace) -> dict[str, partial[Any]]:
     """Every attack on a Student, ready to be made, after all that it needs was loaded."""
     case = load_case(name, arguments.data, arguments.cache)
     defence = load_defence(case, arguments.cache)
     x, y = case.x_test[:1000], case.y_test[:1000]
-    plan = plan_attacks(y, y, arguments.images, seed=1)  # nothing runs before the attack
+    plan = plan_attacks(y, case.student_class(x), arguments.images, seed=1)
     source, target = x[plan.sources], x[plan.targets]
     own, wanted = y[plan.sources], y[plan.targets]
     size: dict[str, Any] = {"steps": arguments.steps, "batch_size": arguments.images}
     at_cut = {"preprocessing": case.preprocessing}
     mimicry = MimicryAttack(case.teacher, case.cut, optimizer="adam", **size, **at_cut)
     masked = MaskedMimicryAttack(case.teacher, case.cut, defence, **size)
-    made: dict[str, Callable[[], Any]] = {
+    made: dict[str, partial[Any]] = {
         "mimicry, on the Teacher": partial(mimicry, source, target, own, wanted, verbose=0),
         "PGD, on the Student": partial(
             GeneralAttack(case.student, "pgd", **size, **at_cut), source, own, wanted, verbose=0
@@ -69,15 +70,12 @@ def peak() -> float:
 
 
 def memory(label: str, arguments: argparse.Namespace, name: str) -> float:
-    """MiB for each image that is added to a batch, by fresh processes."""
-    peaks = []
-    for images in (arguments.images, 2 * arguments.images):
-        given = [arguments.data, arguments.cache, "--students", name, "--alone", label]
-        given += ["--images", images, "--steps", arguments.steps]
-        command = [sys.executable, __file__, *map(str, given)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks.append(float(done.stdout.split()[-1]))
-    return (peaks[1] - peaks[0]) / arguments.images
+    """MiB for each image of the batch, of a fresh process."""
+    given = [arguments.data, arguments.cache, "--students", name, "--alone", label]
+    given += ["--images", arguments.images, "--steps", arguments.steps]
+    command = [sys.executable, __file__, *map(str, given)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) / arguments.images
 
 
 def main() -> None:
@@ -91,8 +89,13 @@ def main() -> None:
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        attacks(arguments.students[0], arguments)[arguments.alone]()
-        print(peak())
+        attack = attacks(arguments.students[0], arguments)[arguments.alone]
+        attack.func(*(given[:2] for given in attack.args), verbose=0)
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed would be used again, uncounted
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+        before = peak()
+        attack()
+        print(peak() - before)
         return
     rows = []
     for name in arguments.students:
