@@ -186,6 +186,22 @@ def test_who_may_ask_the_defence_finds_a_way(calibrated: Any, images: Images) ->
 
 
 @once
+def test_questions_end_where_an_answer_is_taken_back(student: Any, images: Images) -> None:
+    """Single images are answered as if they were black, after a start that was adversarial."""
+    x, y = right(student, images, 2)
+
+    def moody(inputs: tf.Tensor) -> tf.Tensor:
+        return tf.cond(tf.shape(inputs)[0] == 1, lambda: 0 * inputs, lambda: inputs)
+
+    black = student.predict(np.zeros_like(x[:1], np.float32), verbose=0).argmax()
+    wanted = np.array([next(c for c in range(CLASSES) if c not in (black, own)) for own in y])
+    start = np.stack([images.x_test[images.y_test == label][0] for label in wanted])
+    attack = GeneralAttack(student, "hop-skip-jump", steps=2, preprocessing=moody)
+    result = attack(x, y, wanted, x_start=start, verbose=0)
+    assert result.adversarial.shape == x.shape
+
+
+@once
 def test_confidence_is_how_surely_another_class_is_answered(student: Any, images: Images) -> None:
     x, y = right(student, images, 8)
     leads = []

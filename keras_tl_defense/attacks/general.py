@@ -41,6 +41,7 @@ _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _LEAD = 10.0  # of a logit, beyond which the gradient of the cross-entropy soon becomes 0
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _CONST = 1.0  # where Carlini and Wagner's search for a weight begins; ART's 0.01 finds less
+_HALVINGS = 60  # of a step of HopSkipJump, after which it is nothing
 _LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
 
 
@@ -280,7 +281,7 @@ class GeneralAttack:
                 targeted=targeted,
                 **common,
             )
-        return evasion.HopSkipJump(
+        return _patient(evasion.HopSkipJump)(
             self._estimator, max_iter=self.steps, targeted=targeted, init_eval=50, **common
         )
 
@@ -312,6 +313,26 @@ class GeneralAttack:
     ) -> tuple[np.ndarray, np.ndarray]:
         crafted, original = (tf.constant(x[part], tf.float32) for x in (images, source))
         return dssim(crafted, original).numpy(), self._limit.measure(crafted, original).numpy()
+
+
+def _patient(attack: Any) -> Any:
+    """HopSkipJump that ends where a classifier takes back an answer.
+
+    It halves a step until the image is adversarial, for ever where the image that it stands on no
+    longer is: at a threshold, a batch and a single image may be answered differently.
+    """
+
+    class Patient(attack):
+        failures = 0
+
+        def _adversarial_satisfactory(
+            self, samples: np.ndarray, *given: Any, **options: Any
+        ) -> Any:
+            found = super()._adversarial_satisfactory(samples, *given, **options)
+            self.failures = self.failures + 1 if len(samples) == 1 and not found.any() else 0
+            return found | (self.failures > _HALVINGS)
+
+    return Patient
 
 
 def _levelled(images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
