@@ -34,7 +34,8 @@ def as_art_estimator(classifier: Any, *, preprocessing: Any = None) -> Any:
     Any other Keras model has its logits; of a softmax, logarithms are taken. Inputs of another
     range, signals in -1..1 for one, are attacked in 0..255, with
     `preprocessing=keras.layers.Rescaling(2 / 255, offset=-1)`. Some attacks of that library,
-    DeepFool for one, are written for images in 0..1; `GeneralAttack` scales them.
+    DeepFool for one, are written for images in 0..1; `GeneralAttack` scales them, and ends
+    HopSkipJump where that library would halve a step for ever, at an answer that is taken back.
 
     Args:
         classifier: A fitted `DifferentiatorEnsemble`, or a Keras model of images that returns
