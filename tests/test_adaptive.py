@@ -32,7 +32,7 @@ def succeeded(defence: Any, result: Any) -> float:
     return float(np.mean(result.reached(answered)))
 
 
-@pytest.mark.parametrize("members", ["all", "sampled"])
+@pytest.mark.parametrize("members", [pytest.param("all", marks=once), "sampled"])
 def test_who_has_the_defence_breaks_it_and_a_budget_hinders(
     members: Any, calibrated: Any, images: Images
 ) -> None:

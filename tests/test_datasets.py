@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl_defense import datasets
 from keras_tl_defense.datasets import ImageDataset, base, faces, gtsrb, synthetic
+
+pytestmark = once
 
 LOADERS = {"signs": synthetic.load_signs, "shapes": synthetic.load_shapes}
 CLASSES = {"signs": 16, "shapes": 28}

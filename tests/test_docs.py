@@ -81,7 +81,8 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 ENSEMBLE = [calibration, heads, model]
 PRUNING = [masks, ratios, schedule, callback, channel_mask]
 ATTACKS = [targets, mimicry, target_agnostic, autoencoder, backdoor, reverse_engineering]
-MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, *ATTACKS, teachers, scans, signals]
+LIKE_ANY = [pytest.param(module, marks=once) for module in (*ATTACKS, scans, signals)]
+MODULES = [*PRUNING, metrics, activations, *ENSEMBLE, teachers, *LIKE_ANY]
 
 
 HIDDEN = [  # by functions of the same names
@@ -90,7 +91,7 @@ HIDDEN = [  # by functions of the same names
 ]
 
 
-@pytest.mark.parametrize("module", [*MODULES, *HIDDEN])
+@pytest.mark.parametrize("module", [*MODULES, *(pytest.param(m, marks=once) for m in HIDDEN)])
 def test_docstrings(module: Any, names: dict[str, Any]) -> None:
     result = doctest.testmod(module, globs={**vars(module), **names})
     assert result.attempted > 0
