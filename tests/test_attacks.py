@@ -15,6 +15,7 @@ from skimage.metrics import structural_similarity
 
 from keras_tl_defense._keras import keras
 from keras_tl_defense.attacks import (
+    AttackResult,
     MimicryAttack,
     best_layer,
     dssim,
@@ -193,6 +194,29 @@ def test_restarts_keep_the_best_of_all_tries(trained: Trained) -> None:
     assert more.seconds > single.seconds > 0
 
 
+@once
+def test_restarts_under_a_largest_change_begin_apart(trained: Trained) -> None:
+    """Further from the source than a step alone moves them."""
+    result = trained.attack(norm="linf", budget=8, steps=1, restarts=1, learning_rate=1e-3)
+    change = np.abs(result.adversarial.astype(int) - result.source).reshape(24, -1)
+    assert change.max() > 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"within_budget": np.full(3, 8)}, "a boolean for each crafted input"),
+        ({"within_budget": np.ones((3, 1), bool)}, "a boolean for each crafted input"),
+        ({"y_source": np.zeros((3, 1), int)}, "`y_source` must be a class for each"),
+        ({"y_target": np.zeros(2, int)}, "`y_target` must be a class for each"),
+    ],
+)
+def test_results_of_ones_own_are_checked(options: dict[str, Any], message: str) -> None:
+    given = {"within_budget": np.ones(3, bool), **options}
+    with pytest.raises(ValueError, match=message):
+        AttackResult(np.zeros((3, 8, 8, 3), np.uint8), **given)
+
+
 def test_raw_images_are_what_was_rounded(trained: Trained) -> None:
     result = trained.attack(steps=40)
     np.testing.assert_array_equal(np.rint(np.clip(result.raw, 0, 255)), result.adversarial)
@@ -302,6 +326,8 @@ def test_untargeted_takes_the_candidate_that_is_imitated_best(trained: Trained) 
     )
     assert result.y_target is None
     assert not result.targeted
+    resized = candidates[:1] * 0.999
+    assert attack.untargeted(trained.x[:1], resized, verbose=0).target.dtype == np.uint8
     for target, choice in zip(result.target, candidates, strict=True):
         assert (choice == target).all(axis=(1, 2, 3)).any()
     targeted = trained.attack(steps=150)

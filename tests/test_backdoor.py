@@ -183,6 +183,8 @@ def test_an_added_trigger_of_images_keeps_to_whole_levels(scan_teacher: Any) -> 
 
 @once
 def test_an_added_trigger_keeps_to_its_amplitude(heart_teacher: Any) -> None:
+    with pytest.raises(ValueError, match="Give it as `value_range`"):
+        BackdoorAttack(heart_teacher, "conv2_1", amplitude=0.1)
     x = signals.load_heartbeats(5, 1, 128).x_train
     options = {**SMALL, "size": 1.0, "amplitude": 0.1, "value_range": (-1, 1)}
     few = {"retraining_steps": 2, "trigger_steps": 15}
@@ -401,6 +403,8 @@ def test_an_autoencoder_restores_inputs(shape: tuple[int, ...]) -> None:
         ("conv2_2", {"size": 0}, "`size` must be"),
         ("conv2_2", {"size": 1.1}, "`size` must be"),
         ("conv2_2", {"amplitude": -1}, "`amplitude` must be"),
+        ("conv2_2", {"amplitude": 0.4}, "`amplitude` must be at least 1"),
+        ("conv2_2", {"seed": -1}, "`seed` must be"),
         ("conv2_2", {"strength": 0}, "`strength` must be"),
         ("conv2_2", {"pruned": 1.0}, "A ratio is the fraction"),
         ("conv2_2", {"trigger_steps": 0}, "`trigger_steps` must be"),

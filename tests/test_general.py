@@ -239,6 +239,12 @@ def test_bad_arguments(
         GeneralAttack(student, "pgd", budget=-1)
     with pytest.raises(ValueError, match='Only "carlini-wagner" takes a `confidence`'):
         GeneralAttack(student, "pgd", confidence=5)
+    with pytest.raises(ValueError, match="`steps` must be"):
+        GeneralAttack(student, "fgsm", steps=5)
+    with pytest.raises(ValueError, match=r"Take .* with a defence"):
+        GeneralAttack(calibrated, "deepfool")
+    with pytest.raises(ValueError, match=r"scales its images itself\. Leave `preprocessing` out"):
+        GeneralAttack(calibrated, "pgd", preprocessing=keras.layers.Rescaling(1 / 255))
     with pytest.raises(ValueError, match="`confidence` must be"):
         GeneralAttack(student, "carlini-wagner", confidence=-1)
     with pytest.raises(ValueError, match="Leave `x_start` out"):
