@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Images, weights_of
+from conftest import Images, once, weights_of
 
 import keras_tl_defense as ktd
 from keras_tl_defense._keras import keras
@@ -173,7 +173,7 @@ def stopped(defence: Any, images: Images, folder: Path, after: int, **options: A
         fit(defence, images, executor=Stopping(), backup_dir=folder, **options)
 
 
-@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("seed", [0, pytest.param(None, marks=once)])
 def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) -> None:
     """Without a seed, too: what `adapt` drew comes from the backup."""
     options = {"seed": seed, "members_per_class": 3, "key": bytes(range(16))}
@@ -206,6 +206,7 @@ def test_a_fit_goes_on(seed: Any, student: Any, images: Images, tmp_path: Path) 
     assert rates["retention"].rate > 0.5
 
 
+@once
 def test_a_backup_of_something_else_is_refused(
     student: Any, images: Images, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_backup_of_something_else_is_refused(
     fit(defence, images, backup_dir=tmp_path)
 
 
+@once
 def test_a_task_of_another_fit_is_refused(student: Any, images: Images, tmp_path: Path) -> None:
     """Even where all arguments are the same, and only what was drawn is not."""
     folders = [tmp_path / name for name in ("own", "other")]
@@ -357,6 +359,7 @@ def test_a_refused_fit_leaves_the_defence_as_it_was(
         np.testing.assert_array_equal(values, expected[name])
 
 
+@once
 def test_only_their_owner_reads_the_files(student: Any, images: Images, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     stopped(adapted(student, images), images, tmp_path, after=9)
@@ -417,6 +420,7 @@ def test_a_preprocessing_that_cannot_travel_is_refused(student: Any, images: Ima
         fit(defence, images, executor=Forgetful())
 
 
+@once
 def test_nothing_is_kept_of_a_fit_that_is_over(student: Any, images: Images) -> None:
     fit(adapted(student, images), images, executor=Forgetful())
     assert not tasks._fitters
