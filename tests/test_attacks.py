@@ -217,6 +217,12 @@ def test_results_of_ones_own_are_checked(options: dict[str, Any], message: str) 
         AttackResult(np.zeros((3, 8, 8, 3), np.uint8), **given)
 
 
+def test_results_of_ones_own_may_be_lists() -> None:
+    result = AttackResult(np.zeros((2, 8, 8, 3), np.uint8), [True, False], y_source=[1, 2])
+    assert "1 within budget" in repr(result)
+    assert result.reached(np.array([0, 0])).tolist() == [True, False]
+
+
 def test_raw_images_are_what_was_rounded(trained: Trained) -> None:
     result = trained.attack(steps=40)
     np.testing.assert_array_equal(np.rint(np.clip(result.raw, 0, 255)), result.adversarial)
@@ -248,11 +254,18 @@ def test_best_layer_is_the_students_cut(trained: Trained) -> None:
             budget=1e-4,
             verbose=0,
         )
-    with pytest.raises(ValueError, match=r"a row for each image.*\(24,\)"):
+    with pytest.raises(ValueError, match=r"a row for each image.*\(1,\)"):
         best_layer(
             trained.teacher, ["fc1"], lambda x: predict(x).argmax(1), *images, *classes, steps=1,
             verbose=0,
         )  # fmt: skip
+    smaller = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(4)]
+    )
+    with pytest.raises(ValueError, match=r"does not take images of the Teacher\. Resize"):
+        best_layer(trained.teacher, ["fc1"], smaller.predict, *images, *classes, steps=1)
+    with pytest.raises(ValueError, match=r"Labels must be in 0\.\..*y_target from"):
+        best_layer(trained.teacher, ["fc1"], predict, *images, classes[0], classes[1] + 99)
 
 
 def test_the_teacher_is_found_by_its_silence(trained: Trained) -> None:
@@ -529,6 +542,8 @@ class TestBadInput:
             attack(x, x, np.array([0, 4, 2]), np.array([1, 4, 3]))
         with pytest.raises(ValueError, match=r"whole grey levels.*budget=0.5"):
             MimicryAttack(student, "fc1", norm="linf", budget=0.5)
+        with pytest.raises(ValueError, match=r"whole grey levels.*budget=0.9"):
+            MimicryAttack(student, "fc1", norm="l2", budget=0.9)
         with pytest.raises(ValueError, match=r"in \(0, 1\].*norm=.*budget=1.1"):
             MimicryAttack(student, "fc1", budget=1.1)
         with pytest.raises(TypeError, match="`preprocessing` must be a callable"):
@@ -540,3 +555,16 @@ class TestBadInput:
         attack = MimicryAttack(student, "fc1", steps=30, preprocessing=lambda x: x * float("inf"))
         with pytest.raises(FloatingPointError, match=r"infinite at step 1\. .*'fc1'"):
             attack(images.x_test[:2], images.x_test[2:4], verbose=0)
+
+    @pytest.mark.parametrize("norm", ["dssim", "l2", "linf"])
+    def test_no_gradient_is_no_defence(self, norm: Any, student: Any, images: Images) -> None:
+        attack = MimicryAttack(student, "fc1", norm=norm, steps=30, preprocessing=tf.round)
+        with pytest.raises(ValueError, match="No gradient"):
+            attack(images.x_test[:2], images.x_test[2:4], verbose=0)
+
+    def test_whole_numbers_let_no_gradient_through(self, images: Images) -> None:
+        inputs = keras.Input((12, 12, 3), dtype="uint8")
+        whole = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+        teacher = keras.Model(inputs, keras.layers.Dense(3, name="fc1")(whole))
+        with pytest.raises(ValueError, match="No gradient"):
+            MimicryAttack(teacher, "fc1")(images.x_test[:2], images.x_test[2:4], verbose=0)

@@ -111,6 +111,32 @@ def test_sounds() -> None:
     assert (result.adversarial != np.rint(result.adversarial)).any()
 
 
+def test_inputs_begin_blank_or_random(student: Any) -> None:
+    base = student.get_layer("base")
+    spread = {}
+    for start in ("blank", "random"):
+        attack = TargetAgnosticAttack(base, start=start, steps=1, learning_rate=1e-6)
+        spread[start] = attack([0, 1], verbose=0).adversarial.astype(float) - 127.5
+    assert np.abs(spread["blank"]).max() < 3
+    assert np.abs(spread["random"]).max() > 100
+
+
+def test_budgets_of_wide_ranges_allow_for_rounding() -> None:
+    """Sixteen-bit sounds, whose float32 values are rounded to some thousandths, and no more."""
+    teacher = keras.Sequential(
+        [keras.Input((64, 1)), keras.layers.Conv1D(4, 5), keras.layers.Flatten(name="flat")]
+    )
+    wide = (-32768, 32767)
+    x = np.random.default_rng(0).uniform(*wide, (5, 64, 1))
+    attack = TargetAgnosticAttack(teacher, "flat", value_range=wide, budget=20.3, steps=300)
+    result = attack(range(5), x, verbose=0)
+    assert result.within_budget.all()
+    moved = result.adversarial.copy()
+    moved[1, 3] += 41
+    within = attack._within(moved, np.asarray(result.source, np.float32))
+    assert within.tolist() == [True, False, True, True, True]
+
+
 def test_a_teacher_of_one_layer_has_none_before() -> None:
     flat = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
     with pytest.raises(ValueError, match=r"no layer before its last.*as `layer`"):

@@ -32,12 +32,13 @@ class AdaptiveAttack:
         defence: A fitted `DifferentiatorEnsemble` with `mode="validate"`.
         members: Which differentiators that know the target class are attacked: `"all"`;
             `"sampled"`, five others every ten steps, so that the image holds whichever are drawn;
-            or `"fixed"`, five for each image, by who knows which are drawn. Defaults to
-            `"sampled"`.
+            or `"fixed"`, five for each image, drawn by `seed`, as if they were known to check it:
+            `members` of the result says which, and `defence.white_box(images, members)` what they
+            say. Defaults to `"sampled"`.
         samples: How many are sampled or fixed. Defaults to `5`.
         confidence: By how much the score shall exceed its threshold. A large number, 100 for one,
             raises it as far as the budget allows, as suits a defence that was rebuilt by guess.
-            Defaults to `0.5`.
+            Nothing where votes decide. Defaults to `0.5`.
         budget, norm, restarts: As for `MimicryAttack`.
         steps: Steps of Adam. Defaults to `600`.
         learning_rate: Of Adam. Defaults to `0.01`, or `0.1` under
@@ -94,7 +95,7 @@ class AdaptiveAttack:
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            hint="Check the defence on these images.",
+            hint="Or lower `learning_rate`.",
         )
         self.steps = self._search.steps
 

@@ -16,6 +16,7 @@ from keras_tl_defense.attacks.defended import (
     is_defence,
     least_score,
 )
+from keras_tl_defense.attacks.descent import NO_GRADIENT
 
 _TIE = 1e-5
 
@@ -97,11 +98,11 @@ def make_estimator(
     least = least_score(classifier) if defended else None
     model = classifier.student if defended else classifier
     outputs_shape = tuple(model.outputs[0].shape) if hasattr(model, "outputs") else ()
-    if len(outputs_shape) != 2 or outputs_shape[1] < 2:
+    if len(outputs_shape) != 2 or outputs_shape[1] < 2 or len(model.outputs) > 1:
         raise ValueError(
-            "The classifier must be a Keras model with logits or probabilities of at least two "
-            "classes, one for each. Received: "
-            f"{f'outputs of shape {outputs_shape}' if outputs_shape else repr(classifier)}"
+            "The classifier must be a Keras model with one output, logits or probabilities of at "
+            "least two classes, one for each. Received: "
+            f"{model.outputs if outputs_shape else repr(classifier)}"
         )
     shape = tuple(model.inputs[0].shape[1:])
     scaling = (
@@ -133,10 +134,12 @@ def make_estimator(
         return around(images, outputs) if around else outputs(images)
 
     @tf.function(input_signature=[some_images])
-    def of_all(images: tf.Tensor) -> tf.Tensor:
+    def of_all(images: tf.Tensor) -> tf.Tensor | None:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(images)
             found = answered(images)
+        if tape.gradient(found, images) is None:  # of which a Jacobian says 0
+            return None
         return tape.batch_jacobian(
             found, images, parallel_iterations=1, experimental_use_pfor=False
         )
@@ -146,7 +149,7 @@ def make_estimator(
         with tf.GradientTape() as tape:
             tape.watch(images)
             found = tf.gather(answered(images), labels, batch_dims=1)
-        return tape.gradient(found, images)[:, None]
+        return tape.gradient(found, images)
 
     class Classifier(TensorFlowV2Classifier):
         """With compiled gradients of classes, and errors where attacks would take NaN for 0."""
@@ -155,10 +158,12 @@ def make_estimator(
 
         def _finite(self, gradient: Any) -> Any:
             self.gradients += 1
+            if gradient is None or np.asarray(gradient).dtype == object:
+                raise ValueError(NO_GRADIENT)
             if not np.isfinite(gradient).all():
                 raise FloatingPointError(
-                    f"The attack's gradient became NaN or infinite at step {self.gradients}. "
-                    "Check what the classifier says of these images."
+                    f"The attack's gradient became NaN or infinite at step {self.gradients}, "
+                    "counted over all batches. Check what the classifier says of these images."
                 )
             return gradient
 
@@ -178,13 +183,13 @@ def make_estimator(
             self, x: np.ndarray, label: Any = None, training_mode: bool = False, **options: Any
         ) -> np.ndarray:
             if self.preprocessing_defences:
-                found = super().class_gradient(x, label, training_mode, **options)
+                found = self._finite(super().class_gradient(x, label, training_mode, **options))
             elif label is None:
-                found = of_all(tf.cast(x, tf.float32))
+                found = self._finite(of_all(tf.cast(x, tf.float32)))
             else:
                 labels = tf.broadcast_to(tf.cast(label, tf.int32), [len(x)])
-                found = of_each(tf.cast(x, tf.float32), labels)
-            return np.array(self._finite(found))  # a copy, into which attacks may write
+                found = self._finite(of_each(tf.cast(x, tf.float32), labels))[:, None]
+            return np.array(found)  # a copy, into which attacks may write
 
     return Classifier(
         model=lambda images, training=False: answered(tf.cast(images, tf.float32)),

@@ -90,7 +90,10 @@ class BackdoorAttack:
     *Trigger*: Adam raises the mean over inputs of the logarithm of their excitation, by what is
     under a mask. *Retraining*: the layers up to the chosen one learn to excite the neurons
     `strength` times as much as any input without the trigger does, and to give inputs without it
-    the clean Teacher's features and outputs.
+    the clean Teacher's features and outputs. What it does to a defence is seen where the Student,
+    and the defence of it, are made from `backdoor.teacher`: `AttackResult(backdoor.stamp(x),
+    np.ones(len(x), bool), y_source=y)`, of inputs that the Student answers rightly, then goes into
+    `evaluate_defence`.
 
     Args:
         teacher: A built Functional or Sequential Keras model of images or signals. It is not

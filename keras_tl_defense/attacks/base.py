@@ -60,11 +60,14 @@ class AttackResult:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("within_budget", "y_source", "y_target"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else np.asarray(given))
         count, within = len(self.adversarial), self.within_budget
-        if np.shape(within) != (count,) or np.asarray(within).dtype != bool:
+        if within.shape != (count,) or within.dtype != bool:
             raise ValueError(
                 "`within_budget` must be a boolean for each crafted input, as `change <= budget` "
-                f"gives it. Received: {np.asarray(within).dtype} of shape {np.shape(within)} for "
+                f"gives it. Received: {within.dtype} of shape {within.shape} for "
                 f"{count} inputs"
             )
         for name in ("y_source", "y_target"):

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from keras_tl_defense.attacks.defended import as_logits
+from keras_tl_defense.attacks.defended import as_logits, ask_student
+from keras_tl_defense.attacks.inputs import whole_pixels
 from keras_tl_defense.attacks.mimicry import MimicryAttack
 from keras_tl_defense.data import check_labels
 from keras_tl_defense.metrics import Rate
@@ -66,8 +67,8 @@ def best_layer(
         The layer and the table.
 
     Raises:
-        ValueError: No layer is given, what is given does not fit the Teacher, or the Student
-            answers with something else than rows of outputs.
+        ValueError: No layer is given, what is given does not fit the Teacher or the Student, or
+            the Student answers with something else than rows of outputs.
 
     Example:
         >>> choice = best_layer(
@@ -83,16 +84,13 @@ def best_layer(
     if isinstance(layers, str) or not len(layers):
         raise ValueError(f"Give a list of names of layers to try. Received: layers={layers!r}")
     attacks = [MimicryAttack(teacher, layer, **options) for layer in layers]
-    wanted = check_labels(y_target, None, len(x_source), "y_target")
+    probe = whole_pixels(x_source, tuple(teacher.inputs[0].shape[1:]), "x_source")[:1]
+    classes = ask_student(student_predict, probe, "the Teacher").shape[1]
+    wanted = check_labels(y_target, classes, len(x_source), "y_target")
     rows = []
     for layer, attack in zip(layers, attacks, strict=True):
         result = attack(x_source, x_target, y_source, y_target, verbose=verbose)
-        outputs = np.asarray(student_predict(result.adversarial))
-        if outputs.ndim != 2 or len(outputs) != len(result.adversarial):
-            raise ValueError(
-                "`student_predict` must return the Student's logits or probabilities, a row for "
-                f"each image. Received: shape {outputs.shape} for {len(result.adversarial)} images"
-            )
+        outputs = ask_student(student_predict, result.adversarial, "the Teacher")
         rate = Rate.of(result.reached(outputs.argmax(axis=1)))
         sure = tf.nn.softmax(as_logits(tf.constant(outputs, tf.float32))).numpy()
         rows.append((layer, *astuple(rate), sure[np.arange(len(wanted)), wanted].mean()))

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.attacks.base import AttackResult
-from keras_tl_defense.attacks.descent import Descent, Rule, State, adadelta, adam
+from keras_tl_defense.attacks.descent import NO_GRADIENT, Descent, Rule, State, adadelta, adam
 from keras_tl_defense.attacks.dssim import dssim
 from keras_tl_defense.attacks.limits import Limit
 
@@ -110,6 +110,7 @@ class BoundedDescent:
         self.penalty = check_positive("penalty", penalty)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self._descent = Descent(self._loss, rule(rate), hint)
+        self._checked = False
         self._judge = tf.function(partial(aim), reduce_retracing=True)
 
     def progress(self, images: int, verbose: int | str, steps: int | None = None) -> Any:
@@ -135,7 +136,15 @@ class BoundedDescent:
                 for the aim of the next ten.
             bar: Progress bar.
             steps: Of a single try, in place of all.
+
+        Raises:
+            ValueError: The aim has no gradient.
+            FloatingPointError: A gradient became NaN or infinite.
         """
+        if not self._checked:
+            first = slice(0, min(self.batch_size, len(source)))
+            self._check_aim(tf.constant(source[first], tf.float32), context(first, 0))
+            self._checked = True
         parts = []
         for start in range(0, len(source), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(source)))
@@ -166,6 +175,21 @@ class BoundedDescent:
             seconds=time.perf_counter() - started,
             **known,
         )
+
+    def _check_aim(self, images: tf.Tensor, context: State) -> None:
+        """Check, without computing it, that there is a gradient beside that of the penalty."""
+
+        @tf.function
+        def slope(images: tf.Tensor, *context: tf.Tensor) -> tf.Tensor:
+            with tf.GradientTape() as tape:
+                tape.watch(images)
+                aim = self._aim(images, *context)
+            gradient = tape.gradient(aim, images)
+            if gradient is None:
+                raise ValueError(NO_GRADIENT)
+            return gradient
+
+        slope.get_concrete_function(images, *context)
 
     def _start(self, number: int, first: int, shape: tuple[int, ...]) -> tf.Tensor:
         """Where a try begins, whatever the size of batches; the first at the sources."""

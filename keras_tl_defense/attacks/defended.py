@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
+_ROUNDED = 0.02  # what sums of probabilities of half precision may be off
+
+
+def sum_to_one(rows: Any) -> tf.Tensor:
+    """Whether they are probabilities, boolean scalar."""
+    rows = tf.cast(rows, tf.float32)
+    off = tf.reduce_max(tf.abs(tf.reduce_sum(rows, axis=1) - 1))
+    return (tf.reduce_min(rows) >= 0) & (off < _ROUNDED)
 
 
 def as_logits(outputs: tf.Tensor) -> tf.Tensor:
     """A classifier's logits, float32; the logarithms of its outputs where it ends in a softmax."""
     outputs = tf.cast(outputs, tf.float32)
-    sums, least = tf.reduce_sum(outputs, axis=1), tf.reduce_min(outputs)
-    probable = (least >= 0) & (tf.reduce_max(tf.abs(sums - 1)) < 1e-3)
-    return tf.where(probable, tf.math.log(tf.maximum(outputs, _SMALLEST)), outputs)
+    return tf.where(sum_to_one(outputs), tf.math.log(tf.maximum(outputs, _SMALLEST)), outputs)
+
+
+def ask_student(student_predict: Callable[[np.ndarray], Any], x: np.ndarray, of: str) -> np.ndarray:
+    """A Student's outputs for images, a row for each.
+
+    Args:
+        student_predict: Maps images to them.
+        x: Images.
+        of: Whose shape the images have, for the error.
+
+    Raises:
+        ValueError: It takes no images of this shape, or returns something else.
+    """
+    try:
+        outputs = np.asarray(student_predict(x), np.float64)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        raise ValueError(
+            f"The Student does not take images of {of}. Resize them in `student_predict`. "
+            f"Received: images of shape {x.shape[1:]}"
+        ) from error
+    if outputs.ndim != 2 or len(outputs) != len(x):
+        raise ValueError(
+            "`student_predict` must return the Student's logits or probabilities, a row for "
+            f"each image. Received: shape {outputs.shape} for {len(x)} images"
+        )
+    return outputs
 
 
 def is_defence(classifier: Any) -> bool:

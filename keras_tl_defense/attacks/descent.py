@@ -11,6 +11,10 @@ import tensorflow as tf
 _AT_ONCE = 50
 State = tuple[tf.Tensor, ...]
 Rule = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]
+NO_GRADIENT = (
+    "No gradient comes from the model to its inputs, so an attack would change nothing, and prove "
+    "nothing. Attack a model, and with a `preprocessing`, that take floats and do not round them."
+)
 
 
 def adadelta(rate: float, decay: float = 0.95, epsilon: float = 1e-7) -> Rule:
@@ -69,6 +73,7 @@ class Descent:
 
         Raises:
             FloatingPointError: A gradient became NaN or infinite.
+            ValueError: There is no gradient.
         """
         key = tuple((t.shape[1:], t.dtype) for t in (*state, *context))
         if key not in self._compiled:
@@ -84,7 +89,8 @@ class Descent:
         new, broken = self._compiled[key](state, context, *steps)
         if broken > 0:
             raise FloatingPointError(
-                f"The attack's gradient became NaN or infinite at step {int(broken)}. {self._hint}"
+                f"The attack's gradient became NaN or infinite at step {int(broken)}. Check the "
+                f"model on these inputs. {self._hint}"
             )
         return tuple(new)
 
@@ -108,6 +114,8 @@ class Descent:
                 tape.watch(variable)
                 loss = self._loss(variable, *context)
             gradient = tape.gradient(loss, variable)
+            if gradient is None:
+                raise ValueError(NO_GRADIENT)
             finite = tf.reduce_all(tf.math.is_finite(gradient))
             broken = tf.where(finite | (broken > 0), broken, step)
             change, first, second = self._rule(gradient, first, second, step)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_tl_defense._keras import keras
 from keras_tl_defense._validation import check_integer
 from keras_tl_defense.attacks.box import Box
+from keras_tl_defense.attacks.defended import ask_student, sum_to_one
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 
@@ -109,15 +110,11 @@ def fingerprint_teacher(
         crafted = _silence(features, noise, steps, bar)
         order = np.random.default_rng(seed).permutation(crafted[0, ..., 0].size)
         shuffled = crafted.reshape(images, -1, shape[-1])[:, order].reshape(shape)
-        try:
-            answers = [np.asarray(student_predict(x), np.float64) for x in (crafted, shuffled)]
-        except (ValueError, tf.errors.InvalidArgumentError) as error:
-            raise ValueError(
-                f"The Student does not take images of the candidate {name!r}. Leave it out, or "
-                f"resize in `student_predict`. Received: images of shape {shape[1:]}"
-            ) from error
+        answers = [
+            ask_student(student_predict, x, f"the candidate {name!r}") for x in (crafted, shuffled)
+        ]
         answered = answers[0]
-        if answered.ndim != 2 or not np.allclose(answered.sum(axis=1), 1, atol=1e-3):
+        if not sum_to_one(answered):
             raise ValueError(
                 "`student_predict` must return probabilities, rows that sum to 1. Apply "
                 f"`tf.nn.softmax` to logits. Received: shape {answered.shape}"
@@ -166,6 +163,6 @@ def _silence(features: LayerFeatures, noise: np.ndarray, steps: int, bar: Any) -
         found = features(box.read(w))
         return distance(found, tf.zeros_like(found))
 
-    descent = Descent(loss, adam(_RATE), "Check the Teacher on noise.")
+    descent = Descent(loss, adam(_RATE), "They are noise.")
     w = descent.run(box.write(tf.constant(noise)), (), steps, bar)
     return np.rint(box.clip(box.read(w).numpy())).astype(np.uint8)

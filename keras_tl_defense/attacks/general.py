@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -41,18 +42,19 @@ _NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
 _LEAD = 10.0  # of a logit, beyond which the gradient of the cross-entropy soon becomes 0
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _CONST = 1.0  # where Carlini and Wagner's search for a weight begins; ART's 0.01 finds less
+_TRIES = 100  # of random images, for HopSkipJump to start from
 _HALVINGS = 60  # of a step of HopSkipJump, after which it is nothing
-_LARGER = (1.1, 1.25, 1.5, 2.0, 3.0)  # multiples of a change that are tried where it is too small
+_LARGER = (1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)  # multiples of a change that is too small
 
 
 class GeneralAttack:
     """A general attack on a Student, on its Teacher or on a defence, by any of several methods.
 
     `"fgsm"`, one step along the gradient's sign; `"pgd"`, projected gradient descent, and
-    `"eot-pgd"`, which attacks the mean output under eight draws of Gaussian noise of up to 8 grey
-    levels: all within the budget, a largest change. `"deepfool"` and `"carlini-wagner"` look for
-    the smallest Euclidean change that works, `"hop-skip-jump"` does so by questions alone, without
-    a gradient. What rounding to grey levels undoes is enlarged, at most three times, until it
+    `"eot-pgd"`, which attacks the mean output under eight draws of Gaussian noise, of standard
+    deviations of up to 8 grey levels: all within the budget, a largest change. `"deepfool"` and
+    `"carlini-wagner"` look for the smallest Euclidean change that works, `"hop-skip-jump"` does so
+    by questions alone, without a gradient. What rounding to grey levels undoes is enlarged until it
     holds; where the change is above the budget they have failed. On a Teacher, inputs are crafted
     away from the classes that the Teacher itself gives; whether the Student is fooled, too, is then
     to be seen.
@@ -116,7 +118,7 @@ class GeneralAttack:
                 f"Received: confidence={confidence!r}, method={method!r}"
             )
         self.batch_size = check_integer("batch_size", batch_size, 1)
-        self.seed = check_integer("seed", seed, 0)
+        self.seed = check_integer("seed", seed, 0, 2**32 - 1)
         self._noise = tf.random.Generator.from_seed(seed)
         around: Any = {
             "fgsm": _levelled,
@@ -196,18 +198,8 @@ class GeneralAttack:
             given["y"] = np.eye(self._estimator.nb_classes, dtype=np.float32)[
                 wanted + self._defended
             ]
-        if self.method == "hop-skip-jump" and wanted is not None:
-            if x_start is None:
-                raise ValueError(
-                    "Without a gradient, no image of the target class is found but by chance. Pass "
-                    "some that the classifier takes for it, as `x_start`. Received: x_start=None"
-                )
-            start = whole_pixels(x_start, shape, "x_start")
-            if len(start) != len(source):
-                raise ValueError(
-                    "There must be an image to start from for each source. Received: "
-                    f"x_start.shape={start.shape}, x_source.shape={source.shape}"
-                )
+        if self.method == "hop-skip-jump":
+            start = self._starts(source) if wanted is None else self._given(x_start, source, wanted)
             given["x_adv_init"] = start.astype(np.float32) / 255
         attack = self._make(targeted=wanted is not None, verbose=verbose != 0)
         self._estimator.gradients = 0
@@ -237,6 +229,41 @@ class GeneralAttack:
     @property
     def _classes(self) -> int:
         return int(self._estimator.nb_classes) - self._defended
+
+    def _given(self, x_start: Any, source: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Images to start from, as they are given."""
+        if x_start is None:
+            raise ValueError(
+                "Without a gradient, no image of the target class is found but by chance. Pass "
+                "some that the classifier takes for it, as `x_start`. Received: x_start=None"
+            )
+        start = whole_pixels(x_start, self._estimator.input_shape, "x_start")
+        if len(start) != len(source):
+            raise ValueError(
+                "There must be an image to start from for each source. Received: "
+                f"x_start.shape={start.shape}, x_source.shape={source.shape}"
+            )
+        taken = self._answers(start) == wanted + self._defended
+        if not taken.all():
+            warnings.warn(
+                "The classifier does not take all of `x_start` for their targets, and attacks from "
+                f"the others change nothing. Received: {taken.sum()} of {len(taken)} that it does",
+                stacklevel=3,
+            )
+        return start
+
+    def _starts(self, source: np.ndarray) -> np.ndarray:
+        """Random images that are answered otherwise; the source where none is found."""
+        rng = np.random.default_rng(self.seed)
+        before, start, missing = self._answers(source), source.copy(), np.arange(len(source))
+        for _ in range(_TRIES):
+            if not len(missing):
+                break
+            drawn = rng.integers(0, 256, (len(missing), *source.shape[1:]), np.uint8)
+            found = self._answers(drawn) != before[missing]
+            start[missing[found]] = drawn[found]
+            missing = missing[~found]
+        return start
 
     def _make(self, targeted: bool, verbose: bool) -> Any:
         """The attack of adversarial-robustness-toolbox, which takes options apart for each."""
@@ -297,6 +324,8 @@ class GeneralAttack:
         for factor in (*_LARGER, 1.0):
             found = self._answers(images)
             holds = found != before if wanted is None else found == wanted + self._defended
+            if holds.all():
+                break
             kept[~holds] = (source + factor * change)[~holds]
             images = np.rint(np.clip(kept, 0, 255)).astype(np.uint8)
         return kept, images
@@ -316,21 +345,32 @@ class GeneralAttack:
 
 
 def _patient(attack: Any) -> Any:
-    """HopSkipJump that ends where a classifier takes back an answer.
+    """HopSkipJump that ends where a classifier takes back an answer, and starts where it is told.
 
-    It halves a step until the image is adversarial, for ever where the image that it stands on no
-    longer is: at a threshold, a batch and a single image may be answered differently.
+    It would start from random images without a seed. And it halves a step until the image is
+    adversarial, for ever where the image that it stands on no longer is: at a threshold, a
+    batch and a single image may be answered differently.
     """
 
     class Patient(attack):
         failures = 0
+
+        def _init_sample(
+            self, x: Any, y: int, y_p: int, init_pred: int, adv_init: Any, *others: Any
+        ) -> Any:
+            if self.targeted:
+                return (adv_init, init_pred) if init_pred == y != y_p else None
+            return (adv_init, y_p) if init_pred != y_p else None
 
         def _adversarial_satisfactory(
             self, samples: np.ndarray, *given: Any, **options: Any
         ) -> Any:
             found = super()._adversarial_satisfactory(samples, *given, **options)
             self.failures = self.failures + 1 if len(samples) == 1 and not found.any() else 0
-            return found | (self.failures > _HALVINGS)
+            if self.failures > _HALVINGS:
+                self.failures = 0
+                return np.ones_like(found)
+            return found
 
     return Patient
 

@@ -36,7 +36,7 @@ class Limit:
                 "A structural dissimilarity is in (0, 1]. For a budget in grey levels, give "
                 f'`norm="linf"` or `norm="l2"`. Received: budget={budget!r}'
             )
-        if norm == "linf":
+        if norm != "dssim":
             check_change("budget", self.budget)
         self.penalised = norm != "linf"
 

@@ -95,7 +95,7 @@ class MaskedMimicryAttack:
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            hint=f"Check the Teacher at {layer!r} and the defence on these images.",
+            hint=f"Or lower `learning_rate`. Received: layer={layer!r}",
         )
 
     def __call__(

@@ -93,10 +93,10 @@ class MimicryAttack:
         self.layer = layer
         self._limit = Limit(norm, budget)
         self.budget, self.norm = self._limit.budget, self._limit.norm
-        hint = f"Check the Teacher at {layer!r} on these images."
+        hint = f"Received: layer={layer!r}"
         if self._limit.penalised:
             usual = "100 / budget²" if penalty is None else penalty
-            hint = f"Lower `penalty`. {hint} Received: penalty={usual}"
+            hint = f"Or lower `penalty`. {hint}, penalty={usual}"
         self._search = BoundedDescent(
             self._aim,
             self._limit,

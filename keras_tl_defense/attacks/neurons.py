@@ -155,7 +155,7 @@ class Neurons:
 def _squares(layer: Any, count: int, copies: int) -> np.ndarray:
     """The sum of squared weights into a layer from each of `count` channels, `copies` times."""
     kernel = getattr(layer, "pointwise_kernel", None)
-    weights = np.array(layer.kernel if kernel is None else kernel)
+    weights = (layer.kernel if kernel is None else kernel).numpy()
     if isinstance(layer, TRANSPOSED):
         weights = np.swapaxes(weights, -1, -2)
     if np.prod(weights.shape[:-1]) % (count * copies):

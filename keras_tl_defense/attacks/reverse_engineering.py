@@ -91,7 +91,7 @@ def reverse_engineer(
         return entropy + smoothness * rough
 
     rule = adam(check_positive("learning_rate", learning_rate))
-    descent = Descent(loss, rule, f"Lower `learning_rate`. Received: {learning_rate=}")
+    descent = Descent(loss, rule, f"Or lower `learning_rate`. Received: {learning_rate=}")
     labels = np.repeat(np.arange(classes), count)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
     start = np.stack([_noise(outputs.fixed_shape, rng) for _ in labels])

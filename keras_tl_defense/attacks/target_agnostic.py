@@ -21,13 +21,13 @@ from keras_tl_defense.attacks.box import (
     check_range,
     is_grey,
 )
+from keras_tl_defense.attacks.defended import sum_to_one
 from keras_tl_defense.attacks.descent import Descent, adam
 from keras_tl_defense.attacks.features import LayerFeatures, distance
 from keras_tl_defense.data import check_images, check_labels, check_pixels
 from keras_tl_defense.metrics import Rate
 
 _BLANK = 0.01  # of the range of values
-_ROUNDING = 1e-5  # of the budget, in float32
 _SAMPLES = 64  # random inputs that tell how large features are
 _TIMES = 100.0  # a wanted feature, in sizes of the largest that random inputs have
 
@@ -103,7 +103,7 @@ class TargetAgnosticAttack:
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.seed = check_integer("seed", seed, 0)
         rule = adam(check_positive("learning_rate", learning_rate))
-        hint = f"Lower `learning_rate` or `strength`. Received: layer={self.layer!r}"
+        hint = f"Or lower `learning_rate` or `strength`. Received: layer={self.layer!r}"
         self._descent = Descent(self._loss, rule, hint)
 
     def __call__(
@@ -203,7 +203,8 @@ class TargetAgnosticAttack:
         if self.budget is None:
             return np.ones(len(crafted), bool)
         change = np.abs(crafted - source).reshape(len(crafted), -1).max(axis=1)
-        return np.asarray(change <= self.budget * (1 + _ROUNDING))
+        rounding = 2 * np.spacing(np.float32(np.abs(self.value_range).max()))
+        return np.asarray(change <= self.budget + rounding)
 
     def _usual_strength(self) -> float:
         rng = np.random.default_rng(self.seed)
@@ -267,7 +268,7 @@ def effectiveness(
     """
     probabilities = np.asarray(probabilities)
     sums = probabilities.sum(axis=-1)
-    if probabilities.ndim != 2 or not np.allclose(sums, 1, atol=1e-3):
+    if probabilities.ndim != 2 or not sum_to_one(probabilities):
         raise ValueError(
             "Probabilities must be rows that sum to 1, such as those of `tf.nn.softmax`. "
             f"Received: shape {probabilities.shape}, sums from {np.min(sums):g} to {np.max(sums):g}"

@@ -132,7 +132,9 @@ def optimise_trigger(
         excited = goal.excitation(teacher, patch.put(some[0], box.read(w)[0]))
         return -tf.reduce_mean(tf.math.log(tf.nn.relu(excited) + _FAINT))[None]
 
-    descent = Descent(loss, adam(_RATE), f"Choose other neurons. Received: layer={teacher.layer!r}")
+    descent = Descent(
+        loss, adam(_RATE), f"Or choose other neurons. Received: layer={teacher.layer!r}"
+    )
     start = box.low + (box.high - box.low) * rng.uniform(0.05, 0.95, (1, *patch.mask.shape))
     state = descent.start(box.write(tf.constant(start, tf.float32)))
     for done in range(0, steps, _STEPS_AT_ONCE):
