@@ -172,6 +172,9 @@ def test_what_is_no_classifier(student: Any) -> None:
     one.add(keras.layers.Dense(1, activation="sigmoid"))
     with pytest.raises(ValueError, match=r"at least two classes.*shape \(None, 1\)"):
         as_art_estimator(one)
+    two = keras.Model(student.inputs, [student.output, student.output])
+    with pytest.raises(ValueError, match=r"one output.*shape \(None, \d+\) and"):
+        as_art_estimator(two)
     with pytest.raises(ValueError, match="must be a Keras model"):
         as_art_estimator(student.predict)
 

@@ -97,12 +97,12 @@ def make_estimator(
             )
     least = least_score(classifier) if defended else None
     model = classifier.student if defended else classifier
-    outputs_shape = tuple(model.outputs[0].shape) if hasattr(model, "outputs") else ()
-    if len(outputs_shape) != 2 or outputs_shape[1] < 2 or len(model.outputs) > 1:
+    shapes = [tuple(output.shape) for output in getattr(model, "outputs", ())]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
+        found = f"outputs of shape {' and '.join(map(str, shapes))}" if shapes else repr(classifier)
         raise ValueError(
             "The classifier must be a Keras model with one output, logits or probabilities of at "
-            "least two classes, one for each. Received: "
-            f"{model.outputs if outputs_shape else repr(classifier)}"
+            f"least two classes, one for each. Received: {found}"
         )
     shape = tuple(model.inputs[0].shape[1:])
     scaling = (
@@ -193,7 +193,7 @@ def make_estimator(
 
     return Classifier(
         model=lambda images, training=False: answered(tf.cast(images, tf.float32)),
-        nb_classes=outputs_shape[1] + defended,
+        nb_classes=shapes[0][1] + defended,
         input_shape=shape,
         loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True),
         clip_values=(0.0, highest),
