@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import tensorflow as tf
 
 from keras_tl_defense._validation import check_choice, check_integer, check_positive
 from keras_tl_defense.attacks.art import make_estimator
+from keras_tl_defense.attacks.art_methods import SAMPLES, expected, levelled, patient
 from keras_tl_defense.attacks.base import AttackResult
 from keras_tl_defense.attacks.defended import is_defence
 from keras_tl_defense.attacks.dssim import dssim
@@ -38,12 +38,9 @@ _STEPS = {
     "carlini-wagner": 20,
     "hop-skip-jump": 20,
 }
-_NOISE, _SAMPLES = 8.0, 8  # of EOT-PGD, in grey levels
-_LEAD = 10.0  # of a logit, beyond which the gradient of the cross-entropy soon becomes 0
 _OVERSHOOT = 0.02  # of DeepFool, as in its paper
 _CONST = 1.0  # where Carlini and Wagner's search for a weight begins; ART's 0.01 finds less
 _TRIES = 100  # of random images, for HopSkipJump to start from
-_HALVINGS = 60  # of a step of HopSkipJump, after which it is nothing
 _LARGER = (1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)  # multiples of a change that is too small
 
 
@@ -121,9 +118,9 @@ class GeneralAttack:
         self.seed = check_integer("seed", seed, 0, 2**32 - 1)
         self._noise = tf.random.Generator.from_seed(seed)
         around: Any = {
-            "fgsm": _levelled,
-            "pgd": _levelled,
-            "eot-pgd": partial(_expected, random=self._noise),
+            "fgsm": levelled,
+            "pgd": levelled,
+            "eot-pgd": partial(expected, random=self._noise),
         }.get(method)
         # DeepFool, and Carlini and Wagner, are written there for images in 0..1
         self._estimator = make_estimator(classifier, preprocessing, around, highest=1.0)
@@ -213,7 +210,7 @@ class GeneralAttack:
         raw, images = self._rounded(raw, source, wanted)
         measured = [self._measure(images, source, part) for part in self._parts(len(source))]
         likeness, measure = (np.concatenate(values) for values in zip(*measured, strict=True))
-        passes = {"fgsm": 1, "pgd": self.steps, "eot-pgd": self.steps * _SAMPLES}
+        passes = {"fgsm": 1, "pgd": self.steps, "eot-pgd": self.steps * SAMPLES}
         return AttackResult(
             adversarial=images,
             within_budget=measure <= self.budget,
@@ -308,7 +305,7 @@ class GeneralAttack:
                 targeted=targeted,
                 **common,
             )
-        return _patient(evasion.HopSkipJump)(
+        return patient(evasion.HopSkipJump)(
             self._estimator, max_iter=self.steps, targeted=targeted, init_eval=50, **common
         )
 
@@ -342,53 +339,3 @@ class GeneralAttack:
     ) -> tuple[np.ndarray, np.ndarray]:
         crafted, original = (tf.constant(x[part], tf.float32) for x in (images, source))
         return dssim(crafted, original).numpy(), self._limit.measure(crafted, original).numpy()
-
-
-def _patient(attack: Any) -> Any:
-    """HopSkipJump that ends where a classifier takes back an answer, and starts where it is told.
-
-    It would start from random images without a seed. And it halves a step until the image is
-    adversarial, for ever where the image that it stands on no longer is: at a threshold, a
-    batch and a single image may be answered differently.
-    """
-
-    class Patient(attack):
-        failures = 0
-
-        def _init_sample(
-            self, x: Any, y: int, y_p: int, init_pred: int, adv_init: Any, *others: Any
-        ) -> Any:
-            if self.targeted:
-                return (adv_init, init_pred) if init_pred == y != y_p else None
-            return (adv_init, y_p) if init_pred != y_p else None
-
-        def _adversarial_satisfactory(
-            self, samples: np.ndarray, *given: Any, **options: Any
-        ) -> Any:
-            found = super()._adversarial_satisfactory(samples, *given, **options)
-            self.failures = self.failures + 1 if len(samples) == 1 and not found.any() else 0
-            if self.failures > _HALVINGS:
-                self.failures = 0
-                return np.ones_like(found)
-            return found
-
-    return Patient
-
-
-def _levelled(images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """Outputs that are made smaller where the largest leads by so much that gradients vanish."""
-    found = outputs(images)
-    top = tf.math.top_k(found, 2).values
-    return found / tf.stop_gradient(tf.maximum((top[:, :1] - top[:, 1:]) / _LEAD, 1.0))
-
-
-def _expected(
-    images: tf.Tensor, outputs: Callable[[tf.Tensor], tf.Tensor], random: tf.random.Generator
-) -> tf.Tensor:
-    """The mean of outputs under noise."""
-    shape = (_SAMPLES, tf.shape(images)[0], 1, 1, 1)
-    size = random.uniform(shape, 0, _NOISE)
-    noise = size * random.normal(tf.concat([[_SAMPLES], tf.shape(images)], axis=0))
-    noisy = tf.reshape(tf.clip_by_value(images + noise, 0, 255), (-1, *images.shape[1:]))
-    found = _levelled(noisy, outputs)
-    return tf.reduce_mean(tf.reshape(found, (_SAMPLES, -1, found.shape[1])), axis=0)
