@@ -72,7 +72,7 @@ class GeneralAttack:
         batch_size: Images that are crafted at once, `"deepfool"` always one. Defaults to `64`.
         preprocessing: Callable from images in 0..255 to what a Keras model takes; a defence has its
             own, and refuses another.
-        seed: Decides random starts and noise.
+        seed: Decides random starts and noise, in `0..2**32-1`.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
@@ -244,7 +244,8 @@ class GeneralAttack:
         if not taken.all():
             warnings.warn(
                 "The classifier does not take all of `x_start` for their targets, and attacks from "
-                f"the others change nothing. Received: {taken.sum()} of {len(taken)} that it does",
+                "the others change nothing. Pass images that it answers as the targets. "
+                f"Received: {taken.sum()} of {len(taken)} that it does",
                 stacklevel=3,
             )
         return start
